@@ -1,0 +1,1 @@
+"""Scripts that produce numbers and figures from weights."""
