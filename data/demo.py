@@ -1,0 +1,200 @@
+"""The built-in data set: ten classes of handwritten digits with a train, a val and five shift sets, as real shards.
+
+    python data/demo.py                      builds it once (under half a minute) and prints where it is and what is in it
+    python data/demo.py --figure demo.png    also draws a contact sheet: a row per set, a column per class
+
+Every script falls back to these shards when no `--data` is given. The sets stand in for ImageNet and its five shifts, in kind and
+in protocol (folder names, class subsets, class maps and frames go through the same packing and evaluation code):
+
+    train, val   digits over random backgrounds                            folders zero..nine
+    v2           new digits, drawn anew, a little harder                   folders are label numbers, like ImageNetV2
+    r            renditions: outline, mosaic, stencil, painting, neon      six of the ten classes, like ImageNet-R
+    objectnet    turned, moved, on new backgrounds, with a red frame       `six_or_nine` maps to two classes, `empty` to none
+    sketch       pencil lines on white                                     all classes, like ImageNet-Sketch
+    a            pictures that a nearest-neighbour classifier, fitted      six classes, like ImageNet-A
+                 on the train pixels, gets wrong
+
+No original digit is used in two of train, val and the shift sets. The folder lies in `$SHIFTLENS_CACHE` or ~/.cache/shiftlens.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import DataError, demo_images
+from data.demo_images import CLASSES, Digits
+
+VERSION = 1  # raise it whenever a pixel, a label or the layout changes: it names the cache folder and seeds the drawing
+DEMO_TEACHER = f"local-dir:{Path(__file__).resolve().parent / 'demo_teacher'}"
+NO_CLASS = -1
+
+
+@dataclass(frozen=True)
+class DemoSplit:
+    """One set: folder names in label order, the train classes each label accepts, and the frame to cut off before use (pixels)."""
+
+    folders: tuple[str, ...]
+    accepts: tuple[tuple[int, ...], ...]
+    border: int = 0
+
+    @property
+    def classes(self) -> list[int]:
+        """The train classes that occur, ascending."""
+        return sorted(label for labels in self.accepts for label in labels)
+
+    def folder_of(self, label: int) -> str:
+        """The folder of a train class."""
+        return next(folder for folder, labels in zip(self.folders, self.accepts, strict=True) if label in labels)
+
+
+def _plain(*labels: int) -> DemoSplit:
+    return DemoSplit(tuple(CLASSES[label] for label in labels), tuple((label,) for label in labels))
+
+
+# A six upside down is a nine. The label order is the sorted order of the folder names, as in the real ObjectNet protocol.
+OBJECTNET_MAP: dict[str, list[int]] = dict(
+    sorted({**{CLASSES[label]: [label] for label in range(10) if label not in (6, 9)}, "six_or_nine": [6, 9]}.items())
+)
+UNMAPPED_FOLDER = "empty"
+DEMO_SPLITS: dict[str, DemoSplit] = {
+    "train": _plain(*range(10)),
+    "val": _plain(*range(10)),
+    "v2": DemoSplit(tuple(str(label) for label in range(10)), tuple((label,) for label in range(10))),
+    "r": _plain(0, 2, 3, 5, 7, 8),
+    "objectnet": DemoSplit(tuple(OBJECTNET_MAP), tuple(tuple(labels) for labels in OBJECTNET_MAP.values()), border=2),
+    "sketch": _plain(*range(10)),
+    "a": _plain(1, 2, 4, 5, 7, 9),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures uint8 [N, S, S, 3], train class int64 [N] and scikit-learn's number of the digit int64 [N] (both -1: no digit)."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+
+    def take(self, index: NDArray) -> Drawn:
+        """The pictures at `index`."""
+        return Drawn(self.images[index], self.labels[index], self.numbers[index])
+
+
+def draw_demo() -> dict[str, Drawn]:
+    """Draws all seven sets in memory, in some ten seconds. The same VERSION gives the same pixels."""
+    digits = demo_images.load_digits(seed=VERSION)
+    train, val, held_out = digits["train"], digits["val"], digits["shift"]
+    rng = {name: np.random.default_rng([VERSION, number]) for number, name in enumerate(DEMO_SPLITS)}
+    renditions = ("outline", "mosaic", "stencil", "painting", "neon")
+    harder: dict[str, Any] = {"angle": 14, "scale": (0.65, 0.95), "shift": 4}
+
+    drawn = {
+        "train": draw(train, ("photo",) * 5, rng["train"]),
+        "val": draw(val, ("photo",) * 5, rng["val"]),
+        "v2": draw(held_out, ("photo",) * 3, rng["v2"], **harder),
+        "r": draw(_of_classes(held_out, DEMO_SPLITS["r"].classes), renditions, rng["r"]),
+        "sketch": draw(held_out, ("sketch",) * 3, rng["sketch"]),
+    }
+
+    upside_down = rng["objectnet"].random(len(held_out.labels)) < 0.25
+    turned = draw(held_out, ("turned",) * 3, rng["objectnet"], upside_down=upside_down, **TURNED)
+    empty = demo_images.to_uint8(demo_images.backgrounds(120, rng["objectnet"], demo_images.NEW_BACKGROUNDS))
+    nothing = np.full(len(empty), NO_CLASS)
+    framed = np.concatenate([_red_frame(turned.images), _red_frame(empty)])
+    drawn["objectnet"] = Drawn(framed, np.append(turned.labels, nothing), np.append(turned.numbers, nothing))
+
+    candidates = draw(_of_classes(held_out, DEMO_SPLITS["a"].classes), ("photo",) * 16, rng["a"], **harder)
+    wrong = nearest_neighbour(drawn["train"], candidates.images) != candidates.labels
+    drawn["a"] = candidates.take(wrong)
+    return {name: drawn[name] for name in DEMO_SPLITS}
+
+
+TURNED: dict[str, Any] = {"angle": 40, "scale": (0.55, 0.9), "shift": 5}  # how `place` moves the "turned" style
+
+
+def draw(digits: Digits, styles: Iterable[str], rng: np.random.Generator, *, upside_down: Any = None, **placing: Any) -> Drawn:
+    """Draws every digit once per entry of `styles`; `placing` goes to demo_images.place."""
+    styles, step = tuple(styles), 400  # pictures at a time: float64 temporaries of tens of MB
+    images = []
+    for style in styles:
+        for start in range(0, len(digits.labels), step):
+            part = slice(start, start + step)
+            flipped = None if upside_down is None else upside_down[part]
+            placed = demo_images.place(digits.glyphs[part], rng, upside_down=flipped, **placing)
+            images.append(demo_images.to_uint8(demo_images.STYLES[style](placed, rng)))
+    return Drawn(np.concatenate(images), np.tile(digits.labels, len(styles)), np.tile(digits.numbers, len(styles)))
+
+
+def _of_classes(digits: Digits, classes: list[int]) -> Digits:
+    return digits.take(np.isin(digits.labels, classes))
+
+
+def _red_frame(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    framed = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    for edge in (np.s_[:, :2], np.s_[:, -2:], np.s_[:, :, :2], np.s_[:, :, -2:]):
+        framed[edge] = (255, 0, 0)
+    return framed
+
+
+def nearest_neighbour(train: Drawn, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The class of the nearest train picture, by distance from the frame's median grey in 2x2 cells.
+
+    The features are whole numbers far below 2**53, so the distances are exact and the choice is the same on every machine.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def features(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        grey = pixels.astype(np.int64) @ np.array([299, 587, 114]) // 1000
+        rim = np.concatenate([grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]], axis=1)
+        difference = np.abs(grey - np.median(rim, axis=1).astype(np.int64)[:, None, None])
+        return difference.reshape(len(grey), 16, 2, 16, 2).sum(axis=(2, 4)).reshape(len(grey), -1).astype(np.float64)
+
+    classifier = KNeighborsClassifier(n_neighbors=1, algorithm="brute").fit(features(train.images), train.labels)
+    return classifier.predict(features(images))
+
+
+# --------------------------------------------------------------------------------------------------------- captions
+
+STYLE_TEMPLATES = {
+    "photo": ("a photo of a {}", "a photo of the digit {}"),
+    "turned": ("a turned photo of a {}", "a {} on an odd ground"),
+    "outline": ("an outline of a {}", "the contour of a {}"),
+    "mosaic": ("a mosaic of a {}", "a {} made of tiles"),
+    "stencil": ("a stencil of a {}", "a {} cut out of a sheet"),
+    "painting": ("a painting of a {}", "a {} in brush strokes"),
+    "neon": ("a neon sign of a {}", "a glowing {}"),
+    "sketch": ("a sketch of a {}", "a pencil drawing of a {}"),
+}
+
+
+def caption_tokens(captions: Iterable[str], context_length: int = 32) -> NDArray[np.int64]:
+    """Tokens [N, context_length] for the demo teacher's text tower: ASCII codes, then 127 as end of text, then zeros.
+
+    127 is the largest code, so open_clip's "argmax" pooling finds it. A caption that does not fit raises ValueError.
+    """
+    rows = []
+    for caption in captions:
+        codes = caption.encode("ascii")
+        if len(codes) >= context_length or 127 in codes:
+            raise ValueError(f"caption {caption!r} does not fit into {context_length - 1} printable ASCII characters")
+        rows.append([*codes, 127] + [0] * (context_length - 1 - len(codes)))
+    return np.array(rows, dtype=np.int64)

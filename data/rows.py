@@ -1,0 +1,76 @@
+"""Results as rows: every reported number is a line of JSON that says where it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("torch", "torchvision", "accelerate", "open_clip_torch", "timm", "webdataset", "triton", "numpy")
+
+
+def append_row(path: Path, *, metric: str, value: float, **fields: Any) -> dict[str, Any]:
+    """Appends one result to a .jsonl file and returns the row.
+
+    Args:
+        path: the file, made if missing.
+        metric: name of the number, with its unit where it has one (`images_per_second`).
+        value: the number.
+        fields: what else is known (n, interval, data set, weights' hash, config, seed, device); JSON-serialisable.
+
+    The row also holds commit, versions, processors and date. One write call, so that concurrent writers do not mix.
+    """
+    row = {"metric": metric, "value": value, **fields, **provenance()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def provenance() -> dict[str, Any]:
+    """What a number depends on besides its settings: commit, package versions, processors, date (UTC)."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The repository's commit, with "+" when tracked files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,266 @@
+"""The samples of a few canonical streams, step by step: read, checked, decoded into rows of a batch.
+
+A process without workers does this for all streams of its rank; each worker process does it for a part of them.
+Bad records leave their row empty and are reported with the batch; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from data import DataError
+from data.order import EpochOrder, Segment
+from data.tar import LabelError, Record, ShardReader, ShardSet, parse_label
+from data.transforms import ImageError, decode, sample_random
+
+STOP, SHARD, SAMPLE = range(3)  # fields of a reader's status: asked to stop, shard being read, sample being decoded
+
+
+class Transform(Protocol):
+    """Bytes of an image file to uint8 [3, size, size], with all randomness from the given generator."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, data: bytes, generator: Random) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What all readers of a stream share."""
+
+    shards: ShardSet
+    global_batch: int
+    streams: int
+    seed: int
+    transform: Transform | None
+    shape: tuple[int, int]  # height and width of every image
+    strict: bool
+    allow_pipe: bool
+
+    def order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            self.shards, global_batch=self.global_batch, streams=self.streams, seed=self.seed, epoch=epoch
+        )
+
+
+class Problem(NamedTuple):
+    """One record that could not be used (or several that nobody can reach)."""
+
+    reason: str  # a short name that is counted
+    detail: str
+    url: str
+    key: str
+    count: int = 1
+
+
+class Part(NamedTuple):
+    """Some rows of a batch, without the pixels."""
+
+    present: np.ndarray  # bool [n]
+    labels: np.ndarray  # int64 [n]
+    indexes: np.ndarray  # int64 [n], global sample numbers
+    keys: list[str]  # n; "" where absent
+    problems: list[Problem]
+    notes: list[str]  # oddities that lose nothing
+
+
+class StoppedError(Exception):
+    """The reader was asked to stop in the middle of a batch."""
+
+
+@dataclass(slots=True)
+class _Sample:
+    key: str
+    image: bytes
+    label: int
+    problem: Problem | None
+
+
+class RowReader:
+    """Fills rows with the samples of the given streams; steps must be asked for in order.
+
+    `status` is int64 [3] (STOP, SHARD, SAMPLE), which another process may read and set.
+    """
+
+    def __init__(self, spec: Spec, streams: Sequence[int], status: np.ndarray) -> None:
+        self._spec = spec
+        self._streams = streams
+        self._status = status
+        self._epoch = -1
+        self._runs: list[_Run] = []
+        self._problems: list[Problem] = []
+        self._notes: list[str] = []
+
+    def fill(self, epoch: int, step: int, rows: torch.Tensor) -> Part:
+        """Decode the samples of one step into `rows`, uint8 [n, H, W, 3]. Raises DataError, or StoppedError."""
+        if epoch != self._epoch:
+            self.close()
+            order = self._spec.order(epoch)
+            self._runs = [_Run(self._spec, order, s, step, self._status, self._problems, self._notes) for s in self._streams]
+            self._epoch = epoch
+        present = np.zeros(len(rows), dtype=np.bool_)
+        labels = np.zeros(len(rows), dtype=np.int64)
+        indexes = np.zeros(len(rows), dtype=np.int64)
+        keys = [""] * len(rows)
+        row = 0
+        for run in self._runs:
+            for number, sample in run.take():
+                if self._status[STOP]:
+                    raise StoppedError
+                self._status[SAMPLE] = number
+                problem = sample.problem or self._decode(epoch, number, sample, rows[row])
+                if problem is None:
+                    present[row], labels[row], keys[row] = True, sample.label, sample.key
+                else:
+                    self._problems.append(problem)
+                indexes[row] = number
+                row += 1
+        self._status[SAMPLE] = -1
+        part = Part(present, labels, indexes, keys, self._problems[:], self._notes[:])
+        self._problems.clear()
+        self._notes.clear()
+        return part
+
+    def _decode(self, epoch: int, number: int, sample: _Sample, row: torch.Tensor) -> Problem | None:
+        try:
+            if self._spec.transform is None:
+                image = decode(sample.image)
+            else:
+                image = self._spec.transform(sample.image, sample_random(self._spec.seed, epoch, number))
+        except ImageError as error:
+            return Problem("undecodable image", str(error), _url_of(self._spec.shards, number), sample.key)
+        if image.shape != (3, *self._spec.shape):
+            raise DataError(
+                f"{_url_of(self._spec.shards, number)}, key {sample.key!r}: image of shape {tuple(image.shape)} in a batch"
+                f" of {(3, *self._spec.shape)}; images of several sizes need a transform"
+            )
+        row.permute(2, 0, 1).copy_(image)
+        return None
+
+    def close(self) -> None:
+        """Close the open shards."""
+        for run in self._runs:
+            run.close()
+        self._runs = []
+        self._epoch = -1
+
+
+class _Run:
+    """One stream in one epoch, from step `start` on: reads ahead only as far as its shuffled order asks."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        order: EpochOrder,
+        stream: int,
+        start: int,
+        status: np.ndarray,
+        problems: list[Problem],
+        notes: list[str],
+    ) -> None:
+        self._spec = spec
+        self._rows = order.rows
+        self._status = status
+        self._problems = problems
+        self._notes = notes
+        emitted = order.run(stream)
+        self._needed = np.ones(len(emitted), dtype=np.bool_)
+        self._needed[emitted[: start * order.rows]] = False
+        self._numbers = order.numbers(stream, emitted)
+        self._emitted = emitted.tolist()
+        self._next = start * order.rows
+        self._held: dict[int, _Sample] = {}
+        self._shard = -1
+        self._reader = self._read(order.segments(stream))
+
+    def take(self) -> Iterator[tuple[int, _Sample]]:
+        """The samples of the next step with their global numbers."""
+        for place in range(self._next, self._next + self._rows):
+            position = self._emitted[place]
+            while position not in self._held:
+                self._status[SHARD] = self._shard
+                at, sample = next(self._reader)
+                self._held[at] = sample
+            self._status[SHARD] = -1
+            yield int(self._numbers[place]), self._held.pop(position)
+        self._next += self._rows
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _read(self, segments: Iterator[Segment]) -> Iterator[tuple[int, _Sample]]:
+        """Needed positions in reading order, each with its sample."""
+        for segment in segments:
+            needed = self._needed[segment.position : segment.position + segment.length]
+            places = np.flatnonzero(needed)
+            if len(places) == 0:
+                continue
+            self._shard = segment.shard
+            self._status[SHARD] = segment.shard
+            yield from self._read_segment(segment, needed, int(places[-1]))
+
+    def _read_segment(self, segment: Segment, needed: np.ndarray, last: int) -> Iterator[tuple[int, _Sample]]:
+        """Needed samples of neighbouring records; whoever reads a shard's last record also checks its count."""
+        shard = self._spec.shards.shards[segment.shard]
+        reader = ShardReader(shard.url, allow_pipe=self._spec.allow_pipe, start=segment.first)
+        held_back: tuple[int, _Sample] | None = None
+        found = np.zeros(len(needed), dtype=np.bool_)
+        records = reader.read(lambda number: number - segment.first < len(needed) and bool(needed[number - segment.first]))
+        for record in records:
+            place = record.number - segment.first
+            found[place] = True
+            sample = segment.position + place, self._sample(shard.url, record)
+            if record.number == shard.count - 1:
+                held_back = sample  # until the end of the shard has been seen
+                continue
+            yield sample
+            if place == last:
+                records.close()
+                return
+        self._check_end(shard.url, shard.count, reader)
+        if held_back is not None:
+            yield held_back
+        for place in np.flatnonzero(needed & ~found).tolist():
+            lost = Problem("truncated", reader.truncated or "record is not there", shard.url, "")
+            yield segment.position + place, _Sample("", b"", 0, lost)
+
+    def _check_end(self, url: str, count: int, reader: ShardReader) -> None:
+        """Compare a shard that was read to its end with its count. Raises DataError in strict mode."""
+        notes = [note for note in (reader.truncated, *reader.notes) if note]
+        if reader.count == count and reader.truncated is None:
+            self._notes += [f"{url}: {note}" for note in notes]
+            return
+        because = f" ({'; '.join(notes)})" if notes else ""
+        if self._spec.strict:
+            raise DataError(
+                f"{url} holds {reader.count} samples, its index says {count}{because}; write the shard again, or correct"
+                " the count in sizes.json"
+            )
+        self._notes.append(f"{url} holds {reader.count} samples, its index says {count}{because}")
+        if reader.count > count:
+            extra = reader.count - count
+            self._problems.append(Problem("beyond the count", f"{extra} records more than {count}", url, "", extra))
+
+    def _sample(self, url: str, record: Record) -> _Sample:
+        reason, detail, label = record.problem, "", 0
+        if reason is None:
+            try:
+                label = parse_label(record.label, self._spec.shards.num_classes)
+            except LabelError as error:
+                reason, detail = "bad label", str(error)
+            except DataError as error:
+                raise DataError(f"{url}, key {record.key!r}: {error}") from error
+        problem = None if reason is None else Problem(reason, detail, url, record.key)
+        return _Sample(record.key, record.image or b"", label, problem)
+
+
+def _url_of(shards: ShardSet, number: int) -> str:
+    """The shard that holds a global sample number."""
+    return next(shard.url for shard in reversed(shards.shards) if shard.start <= number and shard.count)

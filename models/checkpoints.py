@@ -1,0 +1,193 @@
+"""Checkpoints: folders of safetensors and JSON that are either whole or not there.
+
+A checkpoint `step_00000012/` is written as `.tmp-step_00000012/`, every file synced, `manifest.json` (size and SHA-256
+of each other file) last, and only then renamed: a process killed at any moment leaves the previous checkpoint valid and
+a temporary folder that the next save removes. Nothing is pickled, so reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import ModelError
+
+MANIFEST = "manifest.json"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole: named groups of tensors and a JSON state."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a small text file so that it is on disk, whole, or not there under its name."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Writes `folder/step_XXXXXXXX` atomically and then removes all but the newest `keep` checkpoints.
+
+    Args:
+        folder: the run's checkpoint folder, made if missing.
+        step: number of optimiser steps done.
+        tensors: {file stem: {name: tensor}}; each group becomes one safetensors file.
+        state: JSON-serialisable state (step counters, data cursor, configuration, versions).
+        keep: how many checkpoints stay, at least 1.
+
+    Raises:
+        ModelError: no space, no permission, or a tensor that is not finite. Older checkpoints are untouched then.
+    """
+    for group, entries in tensors.items():
+        for name, tensor in entries.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ModelError(
+                    f"checkpoint at step {step} not written: {group} tensor {name} is not finite; "
+                    f"older checkpoints are kept in {folder}"
+                )
+    final, temporary = folder / checkpoint_name(step), folder / f".tmp-{checkpoint_name(step)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".tmp-step_*"):
+            shutil.rmtree(leftover)
+        needed = sum(t.numel() * t.element_size() for entries in tensors.values() for t in entries.values()) + 2**16
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
+        temporary.mkdir()
+        for group, entries in tensors.items():
+            # clone() would double memory; contiguous() copies only channels-last tensors, which the format cannot hold
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in entries.items()}, temporary / f"{group}.safetensors"
+            )
+        (temporary / _STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        for name in files:
+            _sync(temporary / name)
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        if final.exists():  # an invalid checkpoint of the same step, or the same step saved twice
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors reports a full disk as its own error with the system's text in it
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "no space left" if full else "cannot write"
+        raise ModelError(
+            f"checkpoint at step {step}: {what} in {folder} ({error}); older checkpoints are kept"
+        ) from error
+    for old in sorted(folder.glob("step_*"))[: -max(keep, 1)]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every file's size and SHA-256 against its manifest.
+
+    Raises:
+        ModelError: anything missing, cut short, altered or unreadable, naming the file.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such checkpoint folder")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        step, files = int(manifest["step"]), dict(manifest["files"])
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no {MANIFEST}: not a checkpoint, or one that was never finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / MANIFEST}: unreadable ({error})") from None
+    for name, entry in files.items():
+        file = path / name
+        if Path(name).name != name or not isinstance(entry, dict):
+            raise ModelError(f"{path / MANIFEST}: bad entry {name!r}")
+        if not file.is_file():
+            raise ModelError(f"{file}: missing, though the manifest lists it")
+        if file.stat().st_size != entry.get("bytes"):
+            raise ModelError(f"{file}: {file.stat().st_size} bytes, the manifest says {entry.get('bytes')}")
+        if _sha256(file) != entry.get("sha256"):
+            raise ModelError(f"{file}: SHA-256 differs from the manifest: the file was altered or damaged")
+    try:
+        state = json.loads((path / _STATE).read_text())
+        tensors = {Path(n).stem: load_file(path / n) for n in files if n.endswith(".safetensors")}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path}: unreadable ({error})") from None
+    return Checkpoint(path, step, tensors, state)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint below `folder` (None if there is none) and why newer ones were passed over."""
+    skipped: list[str] = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            return load_checkpoint(path), skipped
+        except ModelError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """AdamW's state as {"parameter/exp_avg": tensor, …}; `names` in the order of the parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; moments take each parameter's memory format, which fused kernels rely on."""
+    parameters = optimizer.param_groups[0]["params"]
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"{name}/{key}")
+            if value is None:
+                raise ModelError(f"checkpoint lacks the optimiser state {name}/{key}")
+            if key != "step":
+                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
+            state.setdefault(i, {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

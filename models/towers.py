@@ -1,0 +1,186 @@
+"""Towers: networks that end before the classifier, by name, from torchvision, timm and `models.small` (CLIP's: `models.clip`)."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from models import ModelError
+from models.download import hub_file, torchvision_file
+from models.small import SMALL_NETS
+from models.weights import SUFFIXES, Weights, load_into, read_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A network from normalised images [N, C, S, S] to features [N, feature_dim], and what is needed to use it.
+
+    architecture: the name that builds it again without weights. image_size: S in pixels. mean, std: of pixels in [0, 1], one
+    value per channel. clip_config: open_clip's model configuration, None for other libraries. weights_file: where its weights
+    were read, None for random ones.
+    """
+
+    module: nn.Module
+    architecture: str
+    image_size: int
+    feature_dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    clip_config: dict[str, Any] | None = field(default=None, repr=False)
+    weights_file: Path | None = None
+
+
+def torchvision_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
+    """torchvision's classification network `architecture`; `source` is one of its weight tags, a file, or empty."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if architecture not in known:
+        raise unknown(name, "torchvision has no classification network", architecture, known, "torchvision:")
+    require_source(name, source, weights)
+    tags = models.get_model_weights(architecture)
+    tag = tags.DEFAULT  # its preprocessing stands for the architecture's where the weights are not torchvision's own
+    loaded = None
+    if is_file(source):
+        loaded = read_weights(source)
+    elif source:
+        if source not in tags.__members__:
+            raise unknown(name, f"{architecture} has no weights", source, tags.__members__, f"torchvision:{architecture}/")
+        tag = tags[source]
+        loaded = read_weights(torchvision_file(tag.url, name)) if weights else None
+
+    module = models.get_model(architecture, weights=None)
+    classifier = next((path for path, part in reversed(list(module.named_modules())) if isinstance(part, nn.Linear)), None)
+    if classifier is None or getattr(module, "aux_logits", False):
+        raise ModelError(f"{name}: not supported, its features are not the input of one last linear layer")
+    parent, _, attribute = classifier.rpartition(".")
+    feature_dim = module.get_submodule(classifier).in_features
+    setattr(module.get_submodule(parent), attribute, nn.Identity())
+    preprocess = tag.transforms()
+    size = preprocess.crop_size[0]
+    tower = Tower(module, f"torchvision:{architecture}", size, int(feature_dim), tuple(preprocess.mean), tuple(preprocess.std))
+    return with_weights(tower, name, loaded, weights, [classifier])
+
+
+def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
+    """timm's model `architecture` (`.tag` may follow); `source` is `pretrained`, a file, or empty."""
+    import timm
+
+    if not timm.is_model(architecture.partition(".")[0]):
+        raise unknown(name, "timm has no model", architecture, timm.list_models(), "timm:")
+    require_source(name, source, weights)
+    if source not in ("", "pretrained") and not is_file(source):
+        raise ModelError(f"{name}: expected timm:{architecture}/pretrained or timm:{architecture}/FILE ({', '.join(SUFFIXES)})")
+    loaded = read_weights(source) if is_file(source) else None
+    published = _timm_hub_file(name, architecture) if source == "pretrained" and weights else None
+    try:
+        # timm's own reader knows the conversions that its published files need, and takes tensors only (weights_only).
+        module = timm.create_model(
+            architecture,
+            num_classes=0,
+            pretrained=published is not None,
+            pretrained_cfg_overlay={"file": str(published)} if published else None,
+        )
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ModelError(f"{name}: timm cannot build it ({reason})") from None
+    config = module.pretrained_cfg
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width:
+        raise ModelError(f"{name}: takes images of {channels}x{height}x{width}; only square ones of 3 channels are supported")
+    classifier = config["classifier"] or ()
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    tower = Tower(module, f"timm:{architecture}", height, module.head_hidden_size, mean, std, weights_file=published)
+    return with_weights(tower, name, loaded, weights, [classifier] if isinstance(classifier, str) else classifier)
+
+
+def _timm_hub_file(name: str, architecture: str) -> Path:
+    import timm
+
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        raise ModelError(f"{name}: timm publishes no weights for {architecture}")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    return hub_file(config.hf_hub_id, files, name)
+
+
+def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
+    """This project's small net `architecture`; `source` is a file, or empty."""
+    if architecture not in SMALL_NETS:
+        raise unknown(name, "no model is called", architecture, _bare_names(architecture), "")
+    require_source(name, source, weights)
+    if source and not is_file(source):
+        raise ModelError(f"{name}: expected {architecture}/FILE ({', '.join(SUFFIXES)})")
+    net = SMALL_NETS[architecture]
+    tower = Tower(net.build(0), architecture, net.image_size, net.feature_dim, net.mean, net.std)
+    return with_weights(tower, name, read_weights(source) if source else None, weights, [net.classifier])
+
+
+def _bare_names(wanted: str) -> list[str]:
+    """What a name without a library may have meant: the small nets, and `wanted` in every library that has it."""
+    import open_clip
+    import timm
+    from torchvision import models
+
+    libraries = {"torchvision": models.list_models(module=models), "timm": timm.list_models(), "open_clip": open_clip.list_models()}
+    return [f"{library}:{wanted}" for library, names in libraries.items() if wanted in names] + list(SMALL_NETS)
+
+
+def with_weights(tower: Tower, name: str, loaded: Weights | None, weights: bool, classifiers: Sequence[str] = ()) -> Tower:
+    """`tower` with the normalisation that the file `loaded` states, and with its tensors where `weights`."""
+    if loaded is None:
+        return tower
+    if weights:
+        prefixes = tuple(f"{classifier}." for classifier in classifiers)
+        state = {key: value for key, value in loaded.state.items() if not key.startswith(prefixes)}
+        if len(state) < len(loaded.state):
+            log.info("%s: classifier (%s) left out, an encoder ends before it", name, ", ".join(classifiers))
+        load_into(tower.module, state, loaded.file)
+    return replace(
+        tower,
+        mean=statistics(loaded.metadata, "mean", tower.mean, loaded.file),
+        std=statistics(loaded.metadata, "std", tower.std, loaded.file),
+        weights_file=loaded.file if weights else None,
+    )
+
+
+def statistics(values: Mapping[str, Any], key: str, default: Sequence[float], where: str | Path) -> tuple[float, ...]:
+    """Normalisation constants `key` ("mean" or "std") from a header or configuration, `default` where it has none."""
+    found = values.get(key)
+    if found is None:
+        return tuple(default)
+    numbers = found if isinstance(found, (list, tuple)) else [found] * len(default)
+    if len(numbers) != len(default) or not all(isinstance(number, (int, float)) for number in numbers):
+        raise ModelError(f"{where}: {key} is {found!r}; expected {len(default)} numbers for pixels in [0, 1]")
+    if key == "std" and min(numbers) <= 0:
+        raise ModelError(f"{where}: std is {found!r}; expected positive numbers")
+    return tuple(float(number) for number in numbers)
+
+
+def is_file(source: str) -> bool:
+    """Whether the part of a name after the architecture is meant as a file, not as a tag."""
+    return "/" in source or source.endswith(SUFFIXES)
+
+
+def require_source(name: str, source: str, weights: bool) -> None:
+    """Raise ModelError where weights are wanted but `name` says none."""
+    if weights and not source:
+        raise ModelError(
+            f"{name} names an architecture without weights; append /FILE ({', '.join(SUFFIXES)}; absolute: //...) or a tag of its library"
+        )
+
+
+def unknown(name: str, problem: str, wanted: str, known: Iterable[str], prefix: str) -> ModelError:
+    """The error for an unknown name: one line with the closest names known."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = [by_lower[match] for match in difflib.get_close_matches(wanted.lower(), by_lower, n=4, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(prefix + match for match in close)}?" if close else "see models/encoders.py for the names"
+    return ModelError(f"{name}: {problem} {wanted!r}; {hint}")

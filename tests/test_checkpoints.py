@@ -1,0 +1,162 @@
+"""Checkpoints: whole or not there, whatever interrupts the writing; nothing pickled; damage is named."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import ModelError
+from models.checkpoints import (
+    checkpoint_name,
+    load_checkpoint,
+    load_optimizer_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    save_checkpoint,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((64, 3), value)}, "optimizer": {"w/step": torch.tensor(3.0)}}
+
+
+def test_round_trip_keeps_tensors_and_state(tmp_path: Path) -> None:
+    channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    path = save_checkpoint(tmp_path, 12, {"model": {"w": channels_last}}, {"data": {"streams": 4}})
+    found = load_checkpoint(path)
+    assert path.name == "step_00000012"
+    assert found.step == 12
+    assert found.state["data"] == {"streams": 4}
+    assert torch.equal(found.tensors["model"]["w"], channels_last)
+    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step_00000001").mkdir()
+    for step in (1, 2, 3, 10):
+        save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_name(3), checkpoint_name(10)]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no manifest", "bad manifest", "missing file", "path in manifest"])
+def test_damage_is_named_and_the_older_one_is_taken(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, 1, tensors(1.0), {})
+    newest = save_checkpoint(tmp_path, 2, tensors(2.0), {})
+    weights = newest / "model.safetensors"
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "bad manifest":
+        (newest / "manifest.json").write_text("[1, 2")
+    elif damage == "missing file":
+        weights.unlink()
+    else:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(skipped) == 1
+    assert str(newest) in skipped[0]
+    assert "\n" not in skipped[0]
+    with pytest.raises(ModelError):
+        load_checkpoint(newest)
+
+
+def test_non_finite_tensors_are_not_saved(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, tensors(), {})
+    with pytest.raises(ModelError, match="model tensor w is not finite"):
+        save_checkpoint(tmp_path, 2, tensors(float("nan")), {})
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, skipped) == (1, [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small file system needs root")
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        save_checkpoint(disk / "checkpoints", 1, tensors(), {})
+        with pytest.raises(ModelError, match="no space left"):
+            save_checkpoint(disk / "checkpoints", 2, {"model": {"w": torch.ones(2**20)}}, {})
+        # A disk that fills up during the writing, behind the check of free space.
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: type(usage(path))(2**40, 0, 2**40)  # type: ignore[assignment]
+        try:
+            with pytest.raises(ModelError, match="no space left"):
+                save_checkpoint(disk / "checkpoints", 3, {"model": {"w": torch.ones(2**20)}}, {})
+        finally:
+            shutil.disk_usage = usage
+        assert [p.name for p in (disk / "checkpoints").iterdir()] == [checkpoint_name(1)]
+        assert load_checkpoint(disk / "checkpoints" / checkpoint_name(1)).step == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+WRITER = """
+import sys, torch, pathlib
+sys.path.insert(0, sys.argv[1])
+from models.checkpoints import save_checkpoint
+folder = pathlib.Path(sys.argv[2])
+for step in range(1, 10_000):
+    save_checkpoint(folder, step, {"model": {f"w{i}": torch.full((20_000,), float(step)) for i in range(8)}}, {})
+    print(step, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL at ten moments spread over the writing: what was reported as saved is there, whole."""
+    for i in range(10):
+        folder = tmp_path / str(i)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(ROOT), str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "1\n"
+        time.sleep(0.0037 * i)
+        writer.send_signal(signal.SIGKILL)
+        reported = [1, *map(int, writer.stdout.read().split())][-1]
+        writer.wait()
+        found, skipped = newest_checkpoint(folder)
+        assert found is not None
+        assert skipped == []
+        assert found.step in (reported, reported + 1)
+        assert all(bool((t == found.step).all()) for t in found.tensors["model"].values())
+
+
+def test_optimizer_state_round_trip() -> None:
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    first = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.randn_like(parameter)
+    first.step()
+    saved = {k: v.clone(memory_format=torch.contiguous_format) for k, v in optimizer_tensors(first, ["w"]).items()}
+    copy = torch.nn.Parameter(parameter.detach().clone())
+    second = torch.optim.AdamW([copy], lr=0.1, fused=True)
+    load_optimizer_tensors(second, ["w"], saved)
+    assert second.state[copy]["exp_avg"].stride() == copy.stride()
+    copy.grad = parameter.grad.clone()
+    first.step()
+    second.step()
+    assert torch.equal(parameter, copy)
+    del saved["w/exp_avg"]
+    with pytest.raises(ModelError, match="w/exp_avg"):
+        load_optimizer_tensors(second, ["w"], saved)

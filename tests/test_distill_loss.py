@@ -1,0 +1,66 @@
+"""The distillation loss in plain PyTorch against formulas in float64, with gradients."""
+
+import pytest
+import torch
+
+from kernels.distill_loss import projected_distill_loss, token_gram
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (1,)])
+def test_gradcheck(kind: str, projected: bool, leading: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    features = double(*leading, 7 if projected else 4)
+    weight, bias = (double(4, 7), double(4)) if projected else (None, None)
+    target = torch.randn(*leading, 4, dtype=torch.float64)
+    inputs = [x for x in (features, weight, bias) if x is not None]
+    assert torch.autograd.gradcheck(lambda *x: projected_distill_loss(features, weight, bias, target, kind), inputs)  # type: ignore[arg-type]
+
+
+def test_values_by_hand() -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    target = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert projected_distill_loss(features, None, None, target).item() == pytest.approx(0.25)
+    # A zero row has cosine 0 with anything: torch divides by max(norm, 1e-8).
+    assert projected_distill_loss(features, None, None, target, "cosine").item() == pytest.approx(0.5)
+    weight, bias = torch.tensor([[2.0, 0.0]]), torch.tensor([1.0])
+    assert projected_distill_loss(features, weight, bias, torch.tensor([[7.0], [3.0]])).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_compared_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    features, target = torch.randn(64, 32).to(dtype), torch.randn(64, 32).to(dtype)
+    expected = (features.double() - target.double()).square().mean()
+    loss = projected_distill_loss(features, None, None, target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_no_gradient_reaches_the_target() -> None:
+    features, target = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    projected_distill_loss(features, None, None, target).backward()
+    assert features.grad is not None
+    assert target.grad is None
+
+
+def test_wrong_shapes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
+        projected_distill_loss(torch.ones(3, 4), None, None, torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"weight \(5, 3\)"):
+        projected_distill_loss(torch.ones(3, 4), torch.ones(5, 3), None, torch.ones(3, 5))
+    with pytest.raises(ValueError, match="bias needs a weight"):
+        projected_distill_loss(torch.ones(3, 4), None, torch.ones(4), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="kind"):
+        projected_distill_loss(torch.ones(3, 4), None, None, torch.ones(3, 4), "l1")  # type: ignore[arg-type]
+
+
+def test_token_gram() -> None:
+    tokens = torch.randn(2, 5, 9, dtype=torch.float64)
+    expected = torch.einsum("nie,nje->nij", tokens, tokens) / 3
+    assert torch.allclose(token_gram(tokens), expected, rtol=0, atol=1e-12)

@@ -1,0 +1,386 @@
+"""What the training scripts share: command line, launch guards, run folder, stop signals, learning rate, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from data import DataError
+from data.rows import provenance
+from models import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from models.checkpoints import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "train" / "recipes"
+ConfigType = TypeVar("ConfigType")
+log = logging.getLogger("shiftlens")
+
+
+class ConfigError(Exception):
+    """A setting that cannot work: one line; the process exits with code 2 before any compute."""
+
+
+class LaunchError(ConfigError):
+    """A world that is not the one asked for; other ranks may not see it, so each reports its own."""
+
+
+class StopRequested(Exception):
+    """A stop signal was obeyed: the state is saved and the process exits with `code` (128 + signal number)."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a script's Config: its default and the words that --help shows (unit, meaning of special values)."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**make, metadata={"help": help})
+
+
+def parse_config(cls: type[ConfigType], argv: list[str], description: str, recipe: str) -> ConfigType:
+    """Reads flags and `--config FILE.yaml` into the frozen dataclass `cls`; flags win over the file.
+
+    Without `--data` and `--config` the built-in demo's recipe is read first, so that a bare command runs.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, impossible values, an unreadable file: one line.
+    """
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise ConfigError(" ".join(str(message).split()))
+
+    parser = Parser(description=description, formatter_class=jsonargparse.DefaultHelpFormatter)
+    parser.add_argument(
+        "--config", action=jsonargparse.ActionConfigFile, help="YAML file of these settings (train/recipes/)"
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, help=field.metadata["help"])
+    flags = [argument.split("=")[0] for argument in argv]
+    if "--data" not in flags and "--config" not in flags:
+        argv = ["--config", str(RECIPES / recipe), *argv]
+    for path in _config_files(argv):
+        _refuse_duplicate_keys(path)
+    settings = vars(parser.parse_args(argv))
+    settings.pop("config", None)
+    return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _config_files(argv: list[str]) -> Iterator[Path]:
+    for i, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        if name == "--config" and (value or i + 1 < len(argv)):
+            yield Path(value or argv[i + 1])
+
+
+def _refuse_duplicate_keys(path: Path) -> None:
+    """YAML keeps the last of two equal keys in silence, which hides a typing error in a recipe."""
+    import yaml
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"--config {path}: key given twice: {', '.join(twice)}")
+
+
+def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], description: str, recipe: str) -> NoReturn:
+    """Parses, runs, and turns every error a user can cause into one line and an exit code.
+
+    Exit codes: 0 done; 1 data, model or checkpoint error; 2 wrong setting; 130 or 143 stopped by Ctrl-C or SIGTERM,
+    after saving where there was something to save.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where = f"[rank {rank}] " if world > 1 else ""
+    try:
+        main(parse_config(cls, sys.argv[1:], description, recipe))
+        code = 0
+    except ConfigError as error:
+        code = 2
+        if rank == 0 or isinstance(error, LaunchError):  # all ranks read the same settings; a line each would be noise
+            print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    except (DataError, ModelError) as error:
+        code = 1
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    except StopRequested as stop:
+        code = stop.code
+        if rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        if rank == 0:
+            print("stopped before the first step; nothing was saved", file=sys.stderr, flush=True)
+    _leave_process_group()
+    sys.exit(code)
+
+
+def _leave_process_group() -> None:
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            # A peer that already died must not turn our exit code into a traceback.
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """Holds `config.yaml`, `env.json`, `metrics.jsonl`, `results.jsonl`, `checkpoints/`, figures; one run at a time.
+
+    Only rank 0 makes one. Raises ConfigError when the folder cannot be written, is in use, or holds something else.
+    """
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        import filelock
+
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / ".lock").touch()
+            if not os.access(path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
+        self._lock = filelock.FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"--out {path}: another run is using this folder") from None
+        others = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+        if others and not (path / "config.yaml").is_file():
+            raise ConfigError(
+                f"--out {path}: not empty and not a run folder (holds {', '.join(others[:3])}); choose another"
+            )
+        if others and fresh:
+            raise ConfigError(
+                f"--out {path}: holds a run already; continue it with --resume auto, or choose another folder"
+            )
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def write_config(self, config: Any) -> None:
+        import yaml
+
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+    def write_environment(self, accelerator: Accelerator) -> None:
+        import torch
+
+        environment = {
+            "argv": sys.argv,
+            **provenance(),
+            "world": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else str(accelerator.device),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        }
+        (self.path / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to metrics.jsonl; numbers that are not finite become null, which JSON has."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged rows; a line cut short by a kill is left out."""
+        rows = []
+        if (self.path / "metrics.jsonl").is_file():
+            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drops rows of steps that a resumed run will do again, so that the curve has each step once."""
+        kept = [row for row in self.metrics() if row["step"] < step]
+        (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def checkpoint_to_continue(config: Any, out: Path, fixed: Sequence[str]) -> Checkpoint | None:
+    """The checkpoint that `config.resume` names, or None to start from scratch.
+
+    1. `--resume PATH`: that one, valid or an error; 2. `auto`: the newest valid one of the run folder, older ones being
+    the fallback; 3. `none`: from scratch. Changed settings are listed; a change of one in `fixed` is an error.
+
+    Raises:
+        ConfigError: a setting that the checkpoint depends on has changed. ModelError: --resume PATH is not valid.
+    """
+    from models.checkpoints import load_checkpoint, newest_checkpoint
+
+    checkpoint = None
+    if config.resume == "auto":
+        checkpoint, skipped = newest_checkpoint(out / "checkpoints")
+        for reason in skipped:
+            log.warning("checkpoint passed over: %s", reason)
+    elif config.resume != "none":
+        checkpoint = load_checkpoint(Path(config.resume))
+    if checkpoint is None:
+        return None
+    saved, now = checkpoint.state["config"], dataclasses.asdict(config)
+    changes = {key: f"{key} {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key]}
+    if broken := [changes[key] for key in fixed if key in changes]:
+        raise ConfigError(f"{checkpoint.path} was made with other settings ({', '.join(broken)}); use another --out")
+    for change in changes.values():
+        log.info("setting changed since the checkpoint: %s", change)
+    log.info("continuing from %s", checkpoint.path)
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and progress
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_lr(step: int, base: float, warmup: int, total: int, restart_every: int = 0) -> float:
+    """Learning rate of 0-based `step`: linear warm-up over `warmup` steps, then a cosine to 0 at `total`.
+
+    With restart_every > 0 the cosine starts anew each that many steps, without a new warm-up (the published rule:
+    the first cycle is shortened by the warm-up, later ones are not).
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if not restart_every:
+        phase = (step - warmup) / (total - warmup)
+    elif step <= restart_every:
+        phase = (step - warmup) / (restart_every - warmup)
+    else:
+        phase = (step % restart_every) / restart_every
+    return base * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+class Progress:
+    """Rates and time left without the first steps (compilation, caches); a bar on a terminal, else lines."""
+
+    WARMUP_STEPS = 10
+
+    def __init__(self, first: int, total: int, images_per_step: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self.total, self.images_per_step, self.shown = total, images_per_step, shown
+        self.bar = (
+            tqdm(total=total, initial=first, unit="step", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
+        )
+        self._reference = (first, time.perf_counter())
+        self._warm = False
+        self._window = time.perf_counter()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def step_done(self, step: int) -> None:
+        if not self._warm and step + 1 - self._reference[0] >= self.WARMUP_STEPS:
+            self._reference, self._warm = (step + 1, time.perf_counter()), True
+        if self.bar:
+            self.bar.update(1)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """images_per_second (mean since warm-up), data_wait_share of the time since the last call, seconds_left."""
+        now = time.perf_counter()
+        first, since = self._reference
+        done = max(step + 1 - first, 0)
+        seconds_per_step = (now - since) / done if done else float("nan")
+        share = self._waited / max(now - self._window, 1e-9)
+        self._window, self._waited = now, 0.0
+        return {
+            "images_per_second": round(self.images_per_step / seconds_per_step, 2) if done else 0.0,
+            "data_wait_share": round(share, 4),
+            "seconds_left": round(seconds_per_step * (self.total - step - 1), 1) if done else 0.0,
+        }
+
+    def show(self, step: int, row: dict[str, Any]) -> None:
+        text = (
+            f"loss {row['loss']:.5f}  lr {row['lr']:.2e}  gradient {row['gradient_norm']:.2f}  "
+            f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_share']:.0%}  "
+            f"{row['memory_mib']:.0f} MiB"
+        )
+        if self.bar:
+            self.bar.set_postfix_str(text)
+        elif self.shown:
+            left = f"  {row['seconds_left']:.0f} s left"
+            print(f"step {step + 1}/{self.total}  {text}{left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A distinct 63-bit seed for each (seed, step, rank) with step < 2^31 and rank < 2^16."""
+    return ((seed & 0xFFFF) << 47) | (step << 16) | rank
+
+
+def memory_mib(device: torch.device) -> float:
+    """MiB in use: the peak of tensors on a GPU, else what the process holds now."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(psutil.Process().memory_info().rss / 2**20, 1)
+
+
+def draw_loss(rows: list[dict[str, Any]], out: Path) -> None:
+    """loss.png and loss.svg from the rows of metrics.jsonl: loss terms (logarithmic), the learning rate below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
+    for term in ("loss", "feature", "hidden", "gram"):
+        points = [(row["step"], row[term]) for row in rows if row.get(term)]
+        if points and not (term == "feature" and all(row.get("loss") == row.get("feature") for row in rows)):
+            top.plot(*zip(*points, strict=True), label=term, linewidth=1.2)
+    top.set(ylabel="loss", yscale="log")
+    top.grid(alpha=0.3, which="both")
+    top.legend()
+    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:gray", linewidth=1.2)
+    bottom.set(xlabel="optimiser step", ylabel="learning rate", ylim=(0, None))
+    bottom.grid(alpha=0.3)
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"loss.{suffix}", dpi=150)
+    plt.close(figure)

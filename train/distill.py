@@ -1,0 +1,465 @@
+"""Does a student that fits a robust teacher's features inherit its robustness? This script makes the student.
+
+A frozen teacher encoder (by default a CLIP image tower) is distilled into a student trained from scratch on images
+alone: the student's features are pulled to the teacher's by mean squared error (Feature Contamination, ICML 2024).
+Optional further terms match hidden states (tokens after chosen blocks) and token Gram matrices.
+
+    accelerate launch train/distill.py                                     built-in demo, a minute on two CPU cores
+    accelerate launch train/distill.py --config train/recipes/rn50.yaml \\
+        --data '/data/imagenet/train/{000000..001281}.tar' --out runs/rn50 one GPU
+    accelerate launch --config_file train/launch/gpu_2x8_bf16.yaml --machine_rank N --main_process_ip HOST \\
+        train/distill.py --config train/recipes/rn50.yaml --data URL       two nodes of eight GPUs, once on each
+
+Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
+checkpoints/, results.jsonl, and export/ (the student as safetensors and as an open_clip folder, with a model card).
+The run continues by itself when the same command is started again; Ctrl-C and SIGTERM save first (exit code 130, 143).
+
+Cost per image: one teacher forward and one student forward and backward (RN50: 49 GFLOP; ViT-B/16: 140 GFLOP).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import contextlib
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data import DataError
+from data.rows import append_row, versions
+from models import ModelError
+from train.common import (
+    ConfigError,
+    Progress,
+    RunFolder,
+    StopRequested,
+    checkpoint_to_continue,
+    cosine_lr,
+    draw_loss,
+    memory_mib,
+    option,
+    run_script,
+    step_seed,
+)
+from train.launching import Agreement, StopSignals, start_accelerator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
+MAX_NONFINITE_STEPS = 25
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; the defaults are the published ones of CLIP RN50 where the paper has them."""
+
+    data: str = option(
+        "", "shards: folder, glob, brace list, `::` join, http(s) or fsspec URL; `demo` = built-in digits"
+    )
+    teacher: str = option(
+        "open_clip:RN50/openai", "frozen teacher encoder, for example open_clip:RN50/openai, local-dir:PATH"
+    )
+    student: str = option("", "student architecture; empty = the teacher's; never loads weights")
+    init: Literal["published", "teacher_attention"] = option(
+        "published", "initialisation: the paper's, or that with the teacher's attention layers copied in"
+    )
+    norm_stats: Literal["own", "teacher"] = option(
+        "own", "batch-norm statistics: of each batch, or the teacher's running ones, frozen"
+    )
+    kind: Literal["mse", "cosine"] = option("mse", "distance between features, and between hidden states")
+    feature_weight: float = option(1.0, "weight of the feature term")
+    hidden_weight: float = option(0.0, "weight of the hidden-state term (published: 0.1)")
+    hidden_blocks: list[int] = option([-1], "blocks whose output is matched, e.g. [-1] = last; ResNet: stages 0..3")
+    gram_weight: float = option(0.0, "weight of the token-Gram term (published: 0.1)")
+    gram_blocks: list[int] = option([-1], "blocks whose token Gram matrix is matched")
+    batch_size: int = option(256, "images per optimiser step over all processes")
+    accumulate: int = option(1, "pieces that each process cuts its part of a batch into, one after the other")
+    epochs: int = option(50, "passes over the data")
+    steps: int = option(0, "optimiser steps; 0 = as many as --epochs needs")
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+    weight_decay: float = option(0.05, "decoupled weight decay, on all parameters as published")
+    warmup_steps: int = option(10_000, "steps of linear warm-up")
+    restart_every: int = option(0, "steps between warm restarts of the cosine; 0 = none")
+    clip: float = option(1.0, "largest gradient norm")
+    seed: int = option(0, "seed of initialisation, sample order and augmentation")
+    workers: int = option(2, "decoding processes per training process; 0 = decode in the training process")
+    decoder: Literal["torchvision", "pil"] = option(
+        "torchvision", "image decoder; pil = bit-exact reference, half as fast"
+    )
+    strict: bool = option(True, "a shard with another number of samples than its count is an error; false = counted")
+    max_bad_fraction: float = option(0.01, "largest tolerated share of unusable samples, 0..1")
+    allow_pipe: bool = option(False, "allow `pipe:COMMAND` as a shard, which runs COMMAND in a shell")
+    compile: bool = option(False, "torch.compile of teacher and student")
+    log_every: int = option(10, "steps between rows of metrics.jsonl")
+    save_every: int = option(1000, "steps between checkpoints; one more is always saved at the end")
+    keep: int = option(2, "newest checkpoints kept")
+    out: str = option("runs/distill", "run folder")
+    resume: str = option(
+        "auto", "auto = continue from the newest valid checkpoint in --out; none = start; PATH = that one"
+    )
+    tracker: Tracker = option("none", "experiment tracker, through accelerate; metrics.jsonl is written in any case")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "warmup_steps", "restart_every", "workers", "seed", "epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "feature_weight", "hidden_weight", "gram_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"--{name} must be a finite number of at least 0, not {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ConfigError(f"--clip must be above 0, not {self.clip}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"--max_bad_fraction must lie in [0, 1], not {self.max_bad_fraction}")
+        if self.steps == 0 and self.epochs == 0:
+            raise ConfigError("give --epochs or --steps")
+        if not self.feature_weight + self.hidden_weight + self.gram_weight > 0:
+            raise ConfigError("all loss weights are 0")
+        if 0 < self.restart_every <= self.warmup_steps:
+            raise ConfigError(f"--restart_every {self.restart_every} must be above --warmup_steps {self.warmup_steps}")
+        if not self.data:
+            raise ConfigError("--data is missing: shards, or `demo` for the built-in digits")
+
+
+# A checkpoint made with other values of these cannot be continued; other settings may change between two starts.
+FIXED = [
+    *("teacher", "student", "init", "norm_stats", "kind", "feature_weight", "hidden_weight", "hidden_blocks"),
+    *("gram_weight", "gram_blocks", "batch_size", "seed"),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the distillation and returns its final metrics.
+
+    Raises:
+        ConfigError, DataError, ModelError: anything a user can cause, in one line. StopRequested: after a stop signal.
+    """
+    with StopSignals() as signals, contextlib.ExitStack() as resources:
+        return distill(config, signals, resources)
+
+
+def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
+    # --- Launch -------------------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    agreement = Agreement(world)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    log = logging.getLogger("shiftlens")
+    if config.batch_size % (world * config.accumulate):
+        raise ConfigError(
+            f"--batch_size {config.batch_size} is not divisible by {world} processes x --accumulate {config.accumulate}"
+        )
+
+    import torch
+
+    from data.demo import DEMO_TEACHER, demo_shards
+    from data.stream import open_stream
+    from data.transforms import TrainTransform, unit_interval
+    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint
+    from models.distiller import Distiller
+    from models.encoders import load_encoder
+    from models.export import export_student
+    from models.initialise import copy_attention, freeze_norm_stats, reset_parameters
+    from models.weights import state_sha256
+
+    # Only rank 0 touches the run folder; the others learn whether that went well before anybody computes.
+    folder: RunFolder | None = None
+    problem: Exception | None = None
+    if rank == 0:
+        try:
+            folder = RunFolder(out, fresh=config.resume == "none")
+            resources.callback(folder.close)
+        except ConfigError as error:
+            problem = error
+    if agreement.largest(int(problem is not None))[0]:
+        raise problem or ConfigError("rank 0 could not open the run folder")
+
+    # --- Models -------------------------------------------------------------------------------------------------------
+    checkpoint = checkpoint_to_continue(config, out, FIXED)
+    teacher_name = DEMO_TEACHER if config.teacher == "demo" else config.teacher
+    teacher = load_encoder(teacher_name).eval().requires_grad_(False)
+    student = load_encoder(config.student or teacher_name, weights=False)
+    torch.manual_seed(config.seed)
+    reset_parameters(student)
+    if config.init == "teacher_attention":
+        copy_attention(student, teacher)
+    # A term with weight 0 is not computed at all.
+    hidden_blocks = config.hidden_blocks if config.hidden_weight else []
+    gram_blocks = config.gram_blocks if config.gram_weight else []
+    distiller = Distiller(
+        student,
+        teacher,
+        kind=config.kind,
+        feature_weight=config.feature_weight,
+        hidden_weight=config.hidden_weight,
+        hidden_blocks=hidden_blocks,
+        gram_weight=config.gram_weight,
+        gram_blocks=gram_blocks,
+    ).train()
+    if config.norm_stats == "teacher":
+        freeze_norm_stats(student, teacher)
+    teacher_hash = state_sha256(teacher.state_dict())
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    distiller = distiller.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    log.info("teacher  %s: %d features, %d px", teacher.name, teacher.feature_dim, teacher.image_size)
+    log.info(
+        "student  %s: %d features, %.2f M parameters",
+        student.name,
+        student.feature_dim,
+        sum(map(torch.numel, parameters)) / 1e6,
+    )
+
+    # --- Optimiser ----------------------------------------------------------------------------------------------------
+    # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    first = 0
+    if checkpoint is not None:
+        first = checkpoint.step
+        missing, unexpected = distiller.load_state_dict(checkpoint.tensors["model"], strict=False)
+        if missing or unexpected:
+            raise ModelError(
+                f"{checkpoint.path}: weights do not fit the student: {(list(missing) + list(unexpected))[0]}"
+            )
+        load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"])
+    if config.compile:
+        teacher.compile()
+        distiller.compile()
+    # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
+    model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
+    if checkpoint is not None and accelerator.scaler is not None and checkpoint.state["scaler"]:
+        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    # --- Data ---------------------------------------------------------------------------------------------------------
+    if config.data == "demo":
+        with accelerator.local_main_process_first():
+            data = demo_shards("train")
+    else:
+        data = config.data
+    cursor = checkpoint.state["data"] if checkpoint is not None else None
+    stream_options: dict[str, Any] = {"streams": cursor["streams"]} if cursor else {}
+    steps_before = cursor["steps_per_epoch"] if cursor else 0
+    stream = resources.enter_context(
+        open_stream(
+            data,
+            global_batch=config.batch_size,
+            rank=rank,
+            world=world,
+            workers=config.workers,
+            seed=config.seed,
+            epoch=first // steps_before if steps_before else 0,
+            start_step=first % steps_before if steps_before else 0,
+            epochs=None,
+            transform=TrainTransform(teacher.image_size, decoder=config.decoder),
+            strict=config.strict,
+            max_bad_fraction=config.max_bad_fraction,
+            allow_pipe=config.allow_pipe,
+            **stream_options,
+        )
+    )
+    here = {
+        "fingerprint": stream.shards.fingerprint,
+        "streams": stream.streams,
+        "steps_per_epoch": stream.steps_per_epoch,
+    }
+    if cursor is not None and cursor != here:
+        raise ConfigError(f"the data are not the checkpoint's: {cursor} there, {here} here")
+    total = config.steps or config.epochs * stream.steps_per_epoch
+    if first > total:
+        raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
+    pieces = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
+    log.info(
+        "data     %d images in %d shards, %d steps an epoch",
+        stream.num_samples,
+        len(stream.shards.shards),
+        stream.steps_per_epoch,
+    )
+    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, pieces)
+    if config.warmup_steps >= total:
+        log.info(
+            "the warm-up (%d steps) is as long as the run: the peak learning rate is not reached", config.warmup_steps
+        )
+
+    if folder is not None:
+        folder.forget_after(first)
+        folder.write_config(config)
+        folder.write_environment(accelerator)
+    if config.tracker != "none":
+        flat = {
+            k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()
+        }
+        accelerator.init_trackers("shiftlens", config=flat)
+
+    # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
+    def save(step: int) -> None:
+        failure: ModelError | None = None
+        if rank == 0:
+            state = {
+                "config": dataclasses.asdict(config),
+                "data": here,
+                # Randomness inside the model (dropout) is drawn from (seed, step, rank): there is no state to keep.
+                "random": {
+                    "seed": config.seed,
+                    "rule": "torch.manual_seed(step_seed(seed, step, rank)) before each step",
+                },
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "versions": versions(),
+                "world": world,
+            }
+            tensors = {"model": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+            try:
+                save_checkpoint(out / "checkpoints", step, tensors, state, keep=config.keep)
+            except ModelError as error:
+                failure = error
+        if agreement.largest(int(failure is not None))[0]:
+            raise failure or ModelError("rank 0 could not write the checkpoint")
+
+    local_rows = config.batch_size // world
+    nonfinite_in_a_row = torch.zeros((), device=device)
+    nonfinite = torch.zeros((), device=device)
+    reported_nonfinite = 0
+    final: dict[str, Any] = {}
+    progress = Progress(first, total, config.batch_size, shown=rank == 0)
+    resources.enter_context(contextlib.closing(progress))
+    batches = iter(stream)
+    for step in range(first, total + 1):
+        last = step == total
+        if step > first and (last or step % config.save_every == 0):
+            save(step)
+        if last:
+            break
+
+        # Fetch, then agree: nobody enters a step that another rank cannot take.
+        with progress.waiting():
+            failure: DataError | None = None
+            try:
+                batch = next(batches)
+            except DataError as error:
+                failure = error
+            failed, stop = agreement.largest(int(failure is not None), signals.received)
+        if failed:
+            raise failure or DataError("stopped: another rank could not read its data (see its message)")
+        if stop:
+            if step > first:
+                save(step)
+            raise StopRequested(stop, f"stopped by signal {stop}: saved at step {step} of {total} in {out}")
+
+        # One optimiser step.
+        lr = cosine_lr(step, config.lr, config.warmup_steps, total, config.restart_every)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(step_seed(config.seed, step, rank))
+        images = unit_interval(batch["image"].to(device))
+        terms: dict[str, Tensor] = {}
+        for i, piece in enumerate(images.tensor_split(config.accumulate)):
+            synced = contextlib.nullcontext() if i + 1 == config.accumulate else accelerator.no_sync(model)
+            with synced:
+                with torch.no_grad(), accelerator.autocast():
+                    target = teacher.intermediates(piece, hidden_blocks, gram_blocks)
+                values = model(piece, target)
+                values["teacher_norm"] = target.features.float().norm(dim=-1).mean()
+                # Each row weighs 1/batch_size even where unusable samples left a batch short.
+                share = len(piece) / local_rows
+                accelerator.backward(values["loss"] * share)
+            for key, value in values.items():
+                terms[key] = terms.get(key, 0) + value.detach() * share
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
+        assert norm is not None
+        bad = (~torch.isfinite(norm)).float()
+        if accelerator.scaler is None:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused optimiser skips the step on the device
+        prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+        nonfinite += bad
+        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * bad
+        progress.step_done(step)
+
+        # Log; the only place where the host waits for the device.
+        if step % config.log_every == 0 or step + 1 == total:
+            packed = torch.stack([*(v.float() for v in terms.values()), norm.float(), nonfinite, nonfinite_in_a_row])
+            packed = accelerator.reduce(packed, "mean")
+            *numbers, gradient_norm, skipped_steps, in_a_row = packed.tolist()
+            final = {
+                "step": step,
+                "epoch": step / stream.steps_per_epoch,
+                **dict(zip(terms, numbers, strict=True)),
+                "lr": lr,
+                "gradient_norm": gradient_norm,
+                "skipped_steps": int(skipped_steps),
+                **progress.rates(step),
+                "memory_mib": memory_mib(device),
+            }
+            if folder is not None:
+                folder.log(final)
+            if config.tracker != "none":
+                accelerator.log({k: v for k, v in final.items() if k != "step"}, step=step)
+            progress.show(step, final)
+            if skipped_steps > reported_nonfinite:
+                log.warning("%d steps skipped so far: gradient not finite", int(skipped_steps))
+                reported_nonfinite = int(skipped_steps)
+            if in_a_row >= MAX_NONFINITE_STEPS:
+                raise ModelError(
+                    f"gradient not finite in {int(in_a_row)} steps in a row up to step {step}; "
+                    f"the checkpoints in {out}/checkpoints are kept"
+                )
+
+    # --- End ----------------------------------------------------------------------------------------------------------
+    data_report = stream.report()
+    if rank == 0 and folder is not None:
+        assert state_sha256(teacher.cpu().state_dict()) == teacher_hash, "the teacher's weights changed during the run"
+        if rows := folder.metrics():
+            draw_loss(rows, out)
+        card: dict[str, Any] = {
+            "teacher": teacher.name,
+            "teacher_sha256": teacher_hash,
+            "data": config.data,
+            "data_fingerprint": here["fingerprint"],
+            "steps": total,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            **{name: final[name] for name in ("loss", "feature", "hidden", "gram") if name in final},
+        }
+        written, notes = export_student(student.cpu(), out / "export", card=card, source=teacher)
+        for note in notes:
+            log.info("export: %s", note)
+        log.info("written: %s", ", ".join(str(p) for p in written))
+        if final:
+            append_row(
+                out / "results.jsonl",
+                metric="distillation_loss",
+                value=final["loss"],
+                n=config.batch_size,
+                data=config.data,
+                data_fingerprint=here["fingerprint"],
+                data_report=data_report,
+                weights_sha256=state_sha256(student.state_dict()),
+                config=dataclasses.asdict(config),
+                seed=config.seed,
+                device=str(device),
+            )
+    accelerator.end_training()
+    return {**final, "total_steps": total, "data_report": data_report}
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__.splitlines()[0], "demo.yaml")

@@ -1,0 +1,187 @@
+"""How a training script gets the world it was launched for, and how its ranks stop together.
+
+Apart from train/common.py because all of it is about processes, not about training: it must be right before torch is
+imported and before anything is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.common import LaunchError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
+    """The Accelerator of this launch, after checks that the world is the one that was asked for.
+
+    accelerate silently starts one process for `--cpu --num_processes 2`, silently trains N unconnected copies for
+    `--multi_gpu` without a GPU, and silently ignores fp16 on a CPU; each is refused here with the command that works.
+
+    Raises:
+        LaunchError: one of the above, an unreachable main process, or an unsupported mode.
+    """
+    import torch
+
+    environment = os.environ
+    world = int(environment.get("WORLD_SIZE", 1))
+    has_gpu = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise LaunchError("FSDP is not supported by this script; launch without --use_fsdp (data parallel)")
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise LaunchError("DeepSpeed is not supported by this script; launch without --use_deepspeed (data parallel)")
+    if precision not in ("no", "bf16", "fp16"):
+        raise LaunchError(f"--mixed_precision {precision} is not supported; use no, bf16 or fp16")
+    if precision == "fp16" and not has_gpu:
+        raise LaunchError(
+            "--mixed_precision fp16 has no effect on a CPU (accelerate would train in fp32); use bf16 or no"
+        )
+    asked = _processes_asked_of_launcher()
+    if asked is not None and asked != world:
+        raise LaunchError(
+            f"{asked} processes were asked for but {world} runs; on CPUs launch with `accelerate launch --config_file "
+            f"train/launch/cpu_2_processes.yaml --num_processes {asked} SCRIPT`"
+        )
+    if world > 1:
+        _wait_for_main_process(seconds=float(environment.get("SHIFTLENS_RENDEZVOUS_SECONDS", 120)))
+
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
+    accelerator = Accelerator(
+        cpu=True if world > 1 and not has_gpu else None,  # otherwise accelerate makes each rank a world of its own
+        log_with=tracker,
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
+        kwargs_handlers=[
+            # Batch-norm buffers are read by nobody during training; rank 0's are saved.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=10)),
+        ],
+    )
+    if accelerator.num_processes != world:
+        raise LaunchError(
+            f"WORLD_SIZE is {world} but this process sees a world of {accelerator.num_processes}; "
+            "launch with `accelerate launch` or torchrun"
+        )
+    return accelerator
+
+
+def _processes_asked_of_launcher() -> int | None:
+    """--num_processes of the `accelerate launch` that is our parent process, or None when that cannot be seen."""
+    try:
+        arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no /proc (macOS, Windows) or a parent of another user
+        return None
+    if not any("accelerate" in a for a in arguments[:4]) or "launch" not in arguments:
+        return None
+    own = next(
+        (i for i, a in enumerate(arguments) if a.endswith(".py") and Path(a).name == Path(sys.argv[0]).name), None
+    )
+    flags = arguments[arguments.index("launch") + 1 : own]
+    values: dict[str, str] = {}
+    for i, argument in enumerate(flags):
+        name, _, value = argument.partition("=")
+        values[name.lstrip("-").replace("-", "_")] = value or (flags[i + 1] if i + 1 < len(flags) else "")
+    if (count := values.get("num_processes")) and count.isdigit():
+        return int(count)
+    if "config_file" in values and "multi_gpu" not in values:
+        import yaml
+
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            settings = yaml.safe_load(Path(values["config_file"]).read_text())
+            return (
+                int(settings["num_processes"]) if isinstance(settings, dict) and "num_processes" in settings else None
+            )
+    return None
+
+
+def _wait_for_main_process(seconds: float) -> None:
+    """Rank 0's port must answer before torch waits for it: torch would hang for its full timeout and name no cause."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise LaunchError(
+            f"WORLD_SIZE > 1 needs MASTER_ADDR and MASTER_PORT (got {address!r}, {port!r}); "
+            "use `accelerate launch` or torchrun"
+        )
+    if int(os.environ.get("RANK", 0)) == 0:
+        return  # it opens the port itself
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise LaunchError(
+                    f"no main process at {address}:{port} for {seconds:.0f} s ({error}); "
+                    "check --main_process_ip, --main_process_port and that machine 0 runs"
+                ) from None
+            time.sleep(0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stop signals and agreement between ranks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C set a flag that the loop obeys between steps; a second one three seconds later exits at once.
+
+    The three seconds are there because launchers forward the Ctrl-C that the terminal has already sent to each process.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._first = 0.0
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.received:
+            self.received, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > 3:
+            os._exit(128 + number)
+
+
+class Agreement:
+    """Lets all ranks act on the same step: the largest value that any rank brings, over a CPU channel.
+
+    The channel is gloo even on GPUs: a vote must not wait for the work queued on the device (0.6 ms against a drained
+    queue), and it must happen before the step, or a rank without a batch would leave the others in an all-reduce.
+    """
+
+    def __init__(self, world: int) -> None:
+        import torch.distributed as dist
+
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def largest(self, *values: int) -> list[int]:
+        if self.group is None:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        votes = torch.tensor(values)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        return [int(v) for v in votes]
