@@ -36,8 +36,10 @@ class Walker:
     Long names of GNU tar and PAX are resolved. Directories, links and webdataset's `__meta__` members are passed over.
     """
 
-    def __init__(self, url: str, source: Source) -> None:
-        self.position = 0  # bytes behind us
+    def __init__(self, url: str, source: Source, start: int = 0) -> None:
+        """Begin at byte `start` of the source, which must be the header of a member."""
+        self.position = source.skip(start)  # bytes behind us
+        self.begin = start  # where the first header of the current member stands
         self.truncated: str | None = None
         self.lost_data = False  # the cut went through the content of the last member
         self.closed = False  # the archive ended the way it should
@@ -52,6 +54,7 @@ class Walker:
         """Yield member names until the end, or until `truncated` is set."""
         long_name: str | None = None
         long_size: int | None = None
+        begin = self.position
         while (info := self._next_header()) is not None:
             self._name, self._size = info.name, info.size
             if info.type == tarfile.GNUTYPE_LONGNAME:
@@ -61,17 +64,19 @@ class Walker:
                 long_name = _text(fields[b"path"]) if b"path" in fields else long_name
                 long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else long_size
             elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+                self.begin = begin
                 self._name = info.name if long_name is None else long_name
                 self._size = info.size if long_size is None else long_size
                 long_name = long_size = None
                 if not info.isreg():  # links, folders and devices have no content whatever their size says
                     self._size = 0 if info.type in tarfile.SUPPORTED_TYPES else self._size
-                elif not re.match(r"__[^/]*__($|/)", self._name):
+                begin = self.position + _padded(self._size)
+                if info.isreg() and not re.match(r"__[^/]*__($|/)", self._name):
                     yield self._name
 
     def data(self) -> bytes | None:
         """The content of the current member, once; None if it was cut off."""
-        size, padded = self._size, -(-self._size // BLOCK) * BLOCK
+        size, padded = self._size, _padded(self._size)
         self._size = 0
         block = self._source.read(padded + BLOCK)  # one read brings the next header along
         self._advance(min(len(block), padded), size)
@@ -81,7 +86,7 @@ class Walker:
     def _advance(self, passed: int, size: int) -> None:
         """Account for `passed` bytes of a member whose content is `size` bytes long."""
         self.position += passed
-        if passed < -(-size // BLOCK) * BLOCK:
+        if passed < _padded(size):
             self.lost_data = passed < size
             place = "content" if self.lost_data else "padding"
             self.truncated = f"cut off at byte {self.position} in the {place} of {self._name!r}"
@@ -89,7 +94,7 @@ class Walker:
     def _next_header(self) -> tarfile.TarInfo | None:
         if self._size:
             size, self._size = self._size, 0
-            self._advance(self._source.skip(-(-size // BLOCK) * BLOCK), size)
+            self._advance(self._source.skip(_padded(size)), size)
         if self.truncated is not None:
             return None
         header = self._source.read(BLOCK) if self._header is None else self._header
@@ -131,6 +136,10 @@ class Walker:
             (kind for magic, kind in _LOOKALIKES if start.startswith(magic)), "no tar (its first header is damaged)"
         )
         raise DataError(f"{self._url} is not a tar shard: it looks like {kind}")
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def _text(data: bytes) -> str:

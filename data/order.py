@@ -50,7 +50,9 @@ class EpochOrder:
     def __init__(self, shards: ShardSet, *, global_batch: int, streams: int, seed: int, epoch: int) -> None:
         self.steps = shards.num_samples // global_batch
         if self.steps == 0:
-            raise DataError(f"a global batch of {global_batch} is larger than the data set ({shards.num_samples} samples)")
+            raise DataError(
+                f"a global batch of {global_batch} is larger than the data set ({shards.num_samples} samples)"
+            )
         if seed < 0 or epoch < 0:
             raise DataError(f"seed {seed} and epoch {epoch} must not be negative")
         self.rows = global_batch // streams  # samples that a stream gives to each step

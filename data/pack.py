@@ -103,7 +103,7 @@ def pack(
     if shard_size < 1 or workers < 1 or not 1 <= quality <= 95 or (resize is not None and resize < 1):
         raise ValueError(f"impossible: {shard_size=}, {workers=}, {quality=}, {resize=}")
     folder = Path(out)
-    with _write_errors(folder):
+    with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="_unpacked-", suffix=".tmp") as scratch:
             found = load_source(
@@ -126,7 +126,18 @@ def pack(
             }
             _claim(folder, request)
             counts, bad = _write_shards(plan, workers)
-        _write_indexes(plan, counts, split or folder.resolve().name)
+        names = [plan.path(number).name for number in range(len(counts))]
+        indexes = index_files(
+            folder,
+            dict(zip(names, counts, strict=True)),
+            split or folder.resolve().name,
+            len(found.classes),
+            found.classes,
+        )
+        for name, content in indexes.items():
+            write_json(folder / name, content)
+        for leftover in folder.glob("*.tmp"):  # of runs that were killed
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         size = sum(plan.path(number).stat().st_size for number in range(len(counts)))
     return {
         "out": out,
@@ -155,7 +166,7 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         others = sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp"))
         if others:
             raise DataError(f"{folder} is not empty (it holds {others[0]}): choose another folder")
-        _write_json(place, request)
+        write_json(place, request)
         return
     try:
         earlier = json.loads(place.read_text())
@@ -177,19 +188,16 @@ def _write_shards(plan: Plan, workers: int) -> tuple[list[int], list[str]]:
             counts[number] = count
     todo = [number for number in range(len(plan.shards)) if number not in counts]
     bad: list[str] = []
-    progress = Progress("pack", sum(map(len, plan.shards)), sum(counts.values()))
-    try:
-        with contextlib.closing(
-            run_tasks(partial(_write_shard, plan), todo, workers=workers, count=progress.add)
-        ) as results:
-            for number, (count, messages) in results:
-                counts[number] = count
-                bad += messages
-    except KeyboardInterrupt:
-        finished = f"{len(counts)} of {len(plan.shards)} shards are finished"
-        raise KeyboardInterrupt(f"{finished}; the same command goes on from there") from None
-    finally:
-        progress.close()
+    with contextlib.closing(Progress("pack", sum(map(len, plan.shards)), sum(counts.values()))) as progress:
+        results = run_tasks(partial(_write_shard, plan), todo, workers=workers, count=progress.add)
+        try:
+            with contextlib.closing(results):
+                for number, (count, messages) in results:
+                    counts[number] = count
+                    bad += messages
+        except KeyboardInterrupt:
+            finished = f"{len(counts)} of {len(plan.shards)} shards are finished"
+            raise KeyboardInterrupt(f"{finished}; the same command goes on from there") from None
     return [counts[number] for number in range(len(plan.shards))], bad
 
 
@@ -214,7 +222,7 @@ def _write_shard(plan: Plan, number: int, count: Count) -> tuple[int, list[str]]
     bad: list[str] = []
     # A fixed time and owner make the shard's bytes a function of the request.
     with (
-        _write_errors(path),
+        write_errors(path),
         _replacing(path) as file,
         TarWriter(file, encoder=False, mtime=0, user="", group="") as writer,
     ):
@@ -233,38 +241,25 @@ def _write_shard(plan: Plan, number: int, count: Count) -> tuple[int, list[str]]
     return len(plan.shards[number]) - len(bad), bad
 
 
-def _write_indexes(plan: Plan, counts: list[int], split: str) -> None:
-    names = [plan.path(number).name for number in range(len(counts))]
-    write_indexes(plan.out, dict(zip(names, counts, strict=True)), split, len(plan.source.classes), plan.source.classes)
-    for leftover in plan.out.glob("*.tmp"):  # of runs that were killed
-        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-
-
-def write_indexes(
-    folder: Path, counts: dict[str, int], split: str, num_classes: int | None, classes: Sequence[str] | None
-) -> None:
-    """Write `_info.json` (timm's fields, and the classes in label order) and, last, `sizes.json` beside the shards."""
-    info: dict[str, Any] = {
-        "name": folder.resolve().name,
-        "splits": {
-            split: {
-                "name": split,
-                "num_samples": sum(counts.values()),
-                "filenames": list(counts),
-                "shard_lengths": list(counts.values()),
-            }
-        },
+def index_files(
+    folder: Path, counts: dict[str, int], split: str, num_classes: int, classes: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
+    """Return the content of `_info.json` (timm's fields, and the classes in label order) and `sizes.json`."""
+    details = {
+        "name": split,
+        "num_samples": sum(counts.values()),
+        "filenames": list(counts),
+        "shard_lengths": list(counts.values()),
     }
-    if num_classes is not None:
-        info |= {"num_classes": num_classes}
+    info: dict[str, Any] = {"name": folder.resolve().name, "splits": {split: details}, "num_classes": num_classes}
     if classes is not None:
-        info |= {"classes": list(classes)}
-    _write_json(folder / "_info.json", info)
-    _write_json(folder / "sizes.json", counts)
+        info["classes"] = list(classes)
+    return {"_info.json": info, "sizes.json": counts}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with _replacing(path) as file:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears at once and complete; raises DataError when it cannot be written."""
+    with write_errors(path), _replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
@@ -284,7 +279,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the file system, such as a full disk, into a DataError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """One task a shard, over several processes: used to write shards and to check them.
 
-Shards are dealt out in turn, so no queue is needed: worker w of k takes every k-th number. A worker that dies is an error
-at once, and no worker outlives its parent for long.
+Shards are dealt out in turn, so no queue is needed: worker w of k takes every k-th number. A worker that dies is an
+error at once, and no worker outlives its parent for long.
 """
 
 from __future__ import annotations

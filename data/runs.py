@@ -6,7 +6,8 @@ Bad records leave their row empty and are reported with the batch; nothing is dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import collections
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
@@ -16,7 +17,7 @@ import torch
 
 from data import DataError
 from data.order import EpochOrder, Segment
-from data.tar import LabelError, Record, ShardReader, ShardSet, parse_label
+from data.tar import LabelError, Record, RecordIndex, ShardReader, ShardSet, parse_label
 from data.transforms import ImageError, decode, sample_random
 
 STOP, SHARD, SAMPLE = range(3)  # fields of a reader's status: asked to stop, shard being read, sample being decoded
@@ -49,6 +50,10 @@ class Spec:
             self.shards, global_batch=self.global_batch, streams=self.streams, seed=self.seed, epoch=epoch
         )
 
+    def url_of(self, number: int) -> str:
+        """The shard that holds a global sample number."""
+        return next(shard.url for shard in reversed(self.shards.shards) if shard.start <= number and shard.count)
+
 
 class Problem(NamedTuple):
     """One record that could not be used (or several that nobody can reach)."""
@@ -57,7 +62,7 @@ class Problem(NamedTuple):
     detail: str
     url: str
     key: str
-    count: int = 1
+    records: int = 1
 
 
 class Part(NamedTuple):
@@ -93,17 +98,16 @@ class RowReader:
         self._spec = spec
         self._streams = streams
         self._status = status
+        self._shared = _Shared(spec, status)
         self._epoch = -1
         self._runs: list[_Run] = []
-        self._problems: list[Problem] = []
-        self._notes: list[str] = []
 
     def fill(self, epoch: int, step: int, rows: torch.Tensor) -> Part:
         """Decode the samples of one step into `rows`, uint8 [n, H, W, 3]. Raises DataError, or StoppedError."""
         if epoch != self._epoch:
             self.close()
             order = self._spec.order(epoch)
-            self._runs = [_Run(self._spec, order, s, step, self._status, self._problems, self._notes) for s in self._streams]
+            self._runs = [_Run(self._shared, order, stream, step) for stream in self._streams]
             self._epoch = epoch
         present = np.zeros(len(rows), dtype=np.bool_)
         labels = np.zeros(len(rows), dtype=np.int64)
@@ -119,14 +123,11 @@ class RowReader:
                 if problem is None:
                     present[row], labels[row], keys[row] = True, sample.label, sample.key
                 else:
-                    self._problems.append(problem)
+                    self._shared.problems.append(problem)
                 indexes[row] = number
                 row += 1
         self._status[SAMPLE] = -1
-        part = Part(present, labels, indexes, keys, self._problems[:], self._notes[:])
-        self._problems.clear()
-        self._notes.clear()
-        return part
+        return Part(present, labels, indexes, keys, *self._shared.take_reports())
 
     def _decode(self, epoch: int, number: int, sample: _Sample, row: torch.Tensor) -> Problem | None:
         try:
@@ -135,10 +136,10 @@ class RowReader:
             else:
                 image = self._spec.transform(sample.image, sample_random(self._spec.seed, epoch, number))
         except ImageError as error:
-            return Problem("undecodable image", str(error), _url_of(self._spec.shards, number), sample.key)
+            return Problem("undecodable image", str(error), self._spec.url_of(number), sample.key)
         if image.shape != (3, *self._spec.shape):
             raise DataError(
-                f"{_url_of(self._spec.shards, number)}, key {sample.key!r}: image of shape {tuple(image.shape)} in a batch"
+                f"{self._spec.url_of(number)}, key {sample.key!r}: image of shape {tuple(image.shape)} in a batch"
                 f" of {(3, *self._spec.shape)}; images of several sizes need a transform"
             )
         row.permute(2, 0, 1).copy_(image)
@@ -152,24 +153,30 @@ class RowReader:
         self._epoch = -1
 
 
+class _Shared:
+    """What the runs of a reader have in common: reports that wait for the next batch, and where records begin."""
+
+    def __init__(self, spec: Spec, status: np.ndarray) -> None:
+        self.spec = spec
+        self.status = status
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        # Kept over epochs: without it each of 64 streams would walk through the shard in which its run begins.
+        self.indexes: dict[int, RecordIndex] = collections.defaultdict(RecordIndex)
+
+    def take_reports(self) -> tuple[list[Problem], list[str]]:
+        reports = self.problems, self.notes
+        self.problems, self.notes = [], []
+        return reports
+
+
 class _Run:
     """One stream in one epoch, from step `start` on: reads ahead only as far as its shuffled order asks."""
 
-    def __init__(
-        self,
-        spec: Spec,
-        order: EpochOrder,
-        stream: int,
-        start: int,
-        status: np.ndarray,
-        problems: list[Problem],
-        notes: list[str],
-    ) -> None:
-        self._spec = spec
+    def __init__(self, shared: _Shared, order: EpochOrder, stream: int, start: int) -> None:
+        self._shared = shared
+        self._spec = shared.spec
         self._rows = order.rows
-        self._status = status
-        self._problems = problems
-        self._notes = notes
         emitted = order.run(stream)
         self._needed = np.ones(len(emitted), dtype=np.bool_)
         self._needed[emitted[: start * order.rows]] = False
@@ -185,17 +192,17 @@ class _Run:
         for place in range(self._next, self._next + self._rows):
             position = self._emitted[place]
             while position not in self._held:
-                self._status[SHARD] = self._shard
+                self._shared.status[SHARD] = self._shard
                 at, sample = next(self._reader)
                 self._held[at] = sample
-            self._status[SHARD] = -1
+            self._shared.status[SHARD] = -1
             yield int(self._numbers[place]), self._held.pop(position)
         self._next += self._rows
 
     def close(self) -> None:
         self._reader.close()
 
-    def _read(self, segments: Iterator[Segment]) -> Iterator[tuple[int, _Sample]]:
+    def _read(self, segments: Iterator[Segment]) -> Generator[tuple[int, _Sample], None, None]:
         """Needed positions in reading order, each with its sample."""
         for segment in segments:
             needed = self._needed[segment.position : segment.position + segment.length]
@@ -203,16 +210,20 @@ class _Run:
             if len(places) == 0:
                 continue
             self._shard = segment.shard
-            self._status[SHARD] = segment.shard
+            self._shared.status[SHARD] = segment.shard
             yield from self._read_segment(segment, needed, int(places[-1]))
 
     def _read_segment(self, segment: Segment, needed: np.ndarray, last: int) -> Iterator[tuple[int, _Sample]]:
         """Needed samples of neighbouring records; whoever reads a shard's last record also checks its count."""
         shard = self._spec.shards.shards[segment.shard]
-        reader = ShardReader(shard.url, allow_pipe=self._spec.allow_pipe, start=segment.first)
+        start = segment.first + int(np.argmax(needed))
+        index = self._shared.indexes[segment.shard]
+        reader = ShardReader(shard.url, allow_pipe=self._spec.allow_pipe, start=start, index=index)
         held_back: tuple[int, _Sample] | None = None
         found = np.zeros(len(needed), dtype=np.bool_)
-        records = reader.read(lambda number: number - segment.first < len(needed) and bool(needed[number - segment.first]))
+        records = reader.read(
+            lambda number: number - segment.first < len(needed) and bool(needed[number - segment.first])
+        )
         for record in records:
             place = record.number - segment.first
             found[place] = True
@@ -235,18 +246,19 @@ class _Run:
         """Compare a shard that was read to its end with its count. Raises DataError in strict mode."""
         notes = [note for note in (reader.truncated, *reader.notes) if note]
         if reader.count == count and reader.truncated is None:
-            self._notes += [f"{url}: {note}" for note in notes]
+            self._shared.notes += [f"{url}: {note}" for note in notes]
             return
         because = f" ({'; '.join(notes)})" if notes else ""
         if self._spec.strict:
             raise DataError(
-                f"{url} holds {reader.count} samples, its index says {count}{because}; write the shard again, or correct"
-                " the count in sizes.json"
+                f"{url} holds {reader.count} samples, its index says {count}{because};"
+                " write the shard again, or correct sizes.json"
             )
-        self._notes.append(f"{url} holds {reader.count} samples, its index says {count}{because}")
+        self._shared.notes.append(f"{url} holds {reader.count} samples, its index says {count}{because}")
         if reader.count > count:
             extra = reader.count - count
-            self._problems.append(Problem("beyond the count", f"{extra} records more than {count}", url, "", extra))
+            problem = Problem("beyond the count", f"{extra} records more than {count}", url, "", extra)
+            self._shared.problems.append(problem)
 
     def _sample(self, url: str, record: Record) -> _Sample:
         reason, detail, label = record.problem, "", 0
@@ -259,8 +271,3 @@ class _Run:
                 raise DataError(f"{url}, key {record.key!r}: {error}") from error
         problem = None if reason is None else Problem(reason, detail, url, record.key)
         return _Sample(record.key, record.image or b"", label, problem)
-
-
-def _url_of(shards: ShardSet, number: int) -> str:
-    """The shard that holds a global sample number."""
-    return next(shard.url for shard in reversed(shards.shards) if shard.start <= number and shard.count)

@@ -11,12 +11,13 @@ of a batch together and keeps account of every record that could not be used.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -26,11 +27,14 @@ from data.order import EpochOrder, count_streams, global_order
 from data.runs import Part, Problem, RowReader, Spec, Transform
 from data.tar import ShardReader, ShardSet, find_shards
 from data.transforms import ImageError, decode
-from data.workers import Pool
+
+if TYPE_CHECKING:  # needs fork, so it is imported only where workers are asked for
+    from data.workers import Pool
 
 __all__ = ["Batch", "Stream", "global_order", "open_stream"]
 
-EXAMPLES = 5  # records kept by name for each reason
+EXAMPLES = 5  # bad records kept by name, and logged, for each reason
+PROBED = 100  # records tried to learn the size of images without a transform
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +119,10 @@ class Stream:
         self._reader: RowReader | None = None
         self._over = False
         if workers == 0:
-            self._reader = RowReader(spec, own, np.full(3, 0, dtype=np.int64))
+            self._reader = RowReader(spec, own, np.array([0, -1, -1]))
         else:
+            from data.workers import Pool
+
             cuts = [len(own) * worker // workers for worker in range(workers + 1)]
             blocks = [own[first:last] for first, last in itertools.pairwise(cuts)]
             self._pool = Pool(spec, blocks, rows_per_stream, rank)
@@ -149,13 +155,18 @@ class Stream:
         return _batch(part, images if part.present.all() else images[part.present])
 
     def _next_from_pool(self, pool: Pool) -> Batch | None:
-        while self._planned or (planned := next(self._plan, None)) is not None:
-            if not self._planned:
-                self._planned.append(planned)
-        return None
+        while pool.has_room and (planned := next(self._plan, None)) is not None:
+            pool.submit(*planned)
+            self._planned.append(planned)
+        if not self._planned:
+            return None
+        slot, parts = pool.collect()
+        part = _joined(parts)
+        self._accounts.add(self._planned.popleft(), part)
+        return _batch(part, pool.images(slot, part.present))
 
     def report(self) -> dict[str, object]:
-        """What was delivered and what was not: see _Accounts.report."""
+        """Samples delivered to this rank so far, bad records in all and by reason, and the first of each by name."""
         return self._accounts.report()
 
     def close(self) -> None:
@@ -173,3 +184,103 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Accounts:
+    """Counts what this rank delivered and what it could not, and stops the run when that is too much."""
+
+    def __init__(self, limit: float, rank: int) -> None:
+        self._limit = limit  # bad records allowed in an epoch
+        self._rank = rank
+        self._epoch = -1
+        self._bad_in_epoch = 0
+        self._samples = 0
+        self._reasons: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, list[str]] = collections.defaultdict(list)
+        self._notes: set[str] = set()
+
+    def add(self, planned: tuple[int, int], part: Part) -> None:
+        epoch, step = planned
+        if epoch != self._epoch:
+            self._epoch, self._bad_in_epoch = epoch, 0
+        for note in part.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                log.warning("%s", note)
+        for problem in part.problems:
+            self._add_problem(problem)
+        self._samples += int(part.present.sum())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
+        first = next(iter(self._examples.values()), [""])[0]
+        if not part.present.any():
+            raise DataError(
+                f"rank {self._rank}: all samples of step {step}, epoch {epoch} are bad ({reasons}); first: {first}"
+            )
+        if self._bad_in_epoch > self._limit:
+            raise DataError(
+                f"rank {self._rank}: {self._bad_in_epoch} bad records in epoch {epoch} exceed max_bad_fraction"
+                f" ({self._limit:.1f} records); so far {reasons}; first: {first}"
+            )
+
+    def _add_problem(self, problem: Problem) -> None:
+        self._bad_in_epoch += problem.records
+        self._reasons[problem.reason] += problem.records
+        count, examples = self._reasons[problem.reason], self._examples[problem.reason]
+        named = f"{problem.url}, key {problem.key!r}: {problem.detail or problem.reason}"
+        if len(examples) < EXAMPLES:
+            examples.append(named)
+            log.warning("bad record: %s", named)
+        elif count & (count - 1) == 0:  # a power of two: ever rarer
+            log.warning("bad record: %s (%d by now)", named, count)
+
+    def report(self) -> dict[str, object]:
+        return {
+            "samples": self._samples,
+            "bad": sum(self._reasons.values()),
+            "reasons": dict(self._reasons),
+            "examples": {reason: list(names) for reason, names in self._examples.items()},
+        }
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    return Part(
+        present=np.concatenate([part.present for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        indexes=np.concatenate([part.indexes for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        problems=[problem for part in parts for problem in part.problems],
+        notes=[note for part in parts for note in part.notes],
+    )
+
+
+def _batch(part: Part, images: np.ndarray) -> Batch:
+    """Present rows only; `images` uint8 [n, H, W, 3] already holds no others."""
+    return Batch(
+        image=torch.from_numpy(images).permute(0, 3, 1, 2),
+        label=torch.from_numpy(part.labels[part.present]),
+        key=list(itertools.compress(part.keys, part.present)),
+        index=torch.from_numpy(part.indexes[part.present]),
+    )
+
+
+def _usable_workers(workers: int, streams: int) -> int:
+    """Clamp the number of workers to the streams of a rank, and to none where processes cannot be forked."""
+    if workers < 0:
+        raise DataError(f"{workers} workers; give 0 to decode in this process, or more")
+    if workers and "fork" not in multiprocessing.get_all_start_methods():
+        log.warning("this system cannot fork processes: decoding in the main process instead of %d workers", workers)
+        return 0
+    if workers > streams:
+        log.warning("%d workers for %d streams of this rank: using %d", workers, streams, streams)
+    return min(workers, streams)
+
+
+def _probe(shards: ShardSet, allow_pipe: bool) -> tuple[int, int]:
+    """Height and width of the first image that decodes."""
+    records = (record for shard in shards.shards for record in ShardReader(shard.url, allow_pipe=allow_pipe).read())
+    with contextlib.closing(records):
+        for record in itertools.islice(records, PROBED):
+            with contextlib.suppress(ImageError):
+                _, height, width = decode(record.image or b"").shape
+                return height, width
+    raise DataError(f"none of the first records of {shards.shards[0].url} holds an image that can be decoded")

@@ -10,6 +10,7 @@ Member names are keys and are never used as paths.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import glob
 import hashlib
@@ -96,16 +97,18 @@ class ShardReader:
     """Reads the records of one shard in order, from any URL that data.urls opens.
 
     After `read` is exhausted: `count` records were found, `truncated` says what was cut off and at which byte (or is
-    None), `notes` lists oddities that lose nothing. Records before `start` are passed over unread.
+    None), `notes` lists oddities that lose nothing. Records before `start` are passed over unread; an `index` that was
+    given to an earlier reader of the same shard saves walking through them.
     """
 
-    def __init__(self, url: str, *, allow_pipe: bool = False, start: int = 0) -> None:
+    def __init__(self, url: str, *, allow_pipe: bool = False, start: int = 0, index: RecordIndex | None = None) -> None:
         self.url = url
         self.count = 0
         self.truncated: str | None = None
         self.notes: list[str] = []
         self._allow_pipe = allow_pipe
         self._start = start
+        self._index = RecordIndex() if index is None else index
 
     def read(self, wanted: Callable[[int], bool] | None = None) -> Generator[Record, None, None]:
         """Yield the records whose number is `wanted` (default: all); the data of the others is passed over.
@@ -113,20 +116,24 @@ class ShardReader:
         Raises DataError when the file cannot be read or is no tar. A record that was cut off is neither yielded nor
         counted.
         """
-        seen: set[str] = set()
+        index = self._index
+        self.count = index.nearest(self._start)
+        seen = set(index.keys[: self.count])
         returned = 0
         group: _Group | None = None
         with contextlib.closing(open_source(self.url, allow_pipe=self._allow_pipe)) as source:
-            walker = Walker(self.url, source)
+            walker = Walker(self.url, source, index.offsets[self.count] if self.count else 0)
             for name in walker.members():
                 key, extension = _split_name(name)
                 if group is None or not group.takes(key, extension):
                     if group is not None and group.wanted:
                         yield group.record()
-                    returned += key in seen
+                    repeated = hash(key) in seen
+                    returned += repeated and (group is None or key != group.key)
                     use = self.count >= self._start and (wanted is None or wanted(self.count))
-                    group = _Group(self.count, key, extension, use, key in seen)
-                    seen.add(key)
+                    group = _Group(self.count, key, extension, use, repeated)
+                    seen.add(hash(key))
+                    index.note(self.count, walker.begin, hash(key))
                     self.count += 1
                 group.add(extension, walker)
             if group is not None and group.incomplete and not walker.closed and walker.truncated is None:
@@ -140,6 +147,26 @@ class ShardReader:
         self.truncated, self.notes = walker.truncated, walker.notes
         if returned:
             self.notes.append(f"{returned} keys come back later in the shard; the members of a sample must be adjacent")
+
+
+class RecordIndex:
+    """Where the records of a shard begin, as far as it has been read: 16 bytes a record.
+
+    Keys are kept as Python's 64-bit hashes, enough to notice that one comes back, and valid in this process only.
+    """
+
+    def __init__(self) -> None:
+        self.offsets = array.array("q")
+        self.keys = array.array("q")
+
+    def nearest(self, number: int) -> int:
+        """The last known record that is not behind record `number`."""
+        return max(0, min(number, len(self.offsets) - 1))
+
+    def note(self, number: int, offset: int, key: int) -> None:
+        if number == len(self.offsets):
+            self.offsets.append(offset)
+            self.keys.append(key)
 
 
 @dataclass

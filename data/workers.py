@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.runs import SAMPLE, SHARD, STOP, Part, RowReader, Spec, StoppedError
+from data.runs import STOP, Part, RowReader, Spec, StoppedError
 
 SLOTS = 4  # the consumer holds one batch while it asks for the next, and workers stay up to two ahead
 STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about it
@@ -84,10 +84,13 @@ class Pool:
         # multiprocessing sends SIGTERM at exit and then waits; our workers ignore it, so this has to come first.
         self.close = Finalize(self, _end, (self._processes, self._connections, self._status), exitpriority=10)
 
-    def submit(self, epoch: int, step: int) -> bool:
-        """Give a step to all workers if a slot is free; tells whether it was."""
-        if not self._free:
-            return False
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is free for another step."""
+        return bool(self._free)
+
+    def submit(self, epoch: int, step: int) -> None:
+        """Give a step to all workers; there must be room."""
         slot = self._free.popleft()
         for worker, connection in enumerate(self._connections):
             try:
@@ -95,7 +98,6 @@ class Pool:
             except OSError:
                 self._fail(worker)
         self._submitted.append(slot)
-        return True
 
     def collect(self) -> tuple[int, list[Part]]:
         """Wait for the oldest submitted step: its slot, and the parts of all workers in row order.
@@ -154,11 +156,11 @@ class Pool:
         raise DataError(f"data worker {worker} of rank {self._rank} {how}{self._place(worker)}")
 
     def _place(self, worker: int) -> str:
-        """Where a worker is: the sample that it decodes, or the shard that it reads."""
+        """Where a worker is: the shard that it reads, or the sample that it decodes."""
         _, shard, sample = self._status[worker].tolist()
-        if sample >= 0:
-            return f" at sample {sample} of {self._spec.shards.url_of(sample)}"
-        return f" while reading {self._spec.shards.shards[shard].url}" if shard >= 0 else ""
+        if shard >= 0:
+            return f" while reading {self._spec.shards.shards[shard].url}"
+        return f" at sample {sample} of {self._spec.url_of(sample)}" if sample >= 0 else ""
 
     def _report_stall(self, workers: Sequence[int], seconds: float) -> None:
         for worker in workers:

@@ -1,7 +1,7 @@
 """CLIP image towers by open_clip's architecture names, local folders and hub repositories.
 
-Only the image tower is kept, with its projection. What an export of a student needs from the text tower is read again from the
-teacher's weight file then (`models.export`), not carried through a training run.
+Only the image tower is kept, with its projection. What an export of a student needs from the text tower is read again
+from the teacher's weight file then (`models.export`), not carried through a training run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # State dicts of OpenAI's release carry these beside the weights, open_clip's do not.
-_OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
+OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
 def open_clip_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
@@ -44,7 +44,9 @@ def open_clip_tower(name: str, architecture: str, source: str, weights: bool) ->
         preprocess = open_clip.get_pretrained_cfg(architecture, source)
         if not preprocess:
             tags = open_clip.list_pretrained_tags_by_model(architecture)
-            raise unknown(name, f"open_clip has no weights for {architecture} tagged", source, tags, f"open_clip:{architecture}/")
+            raise unknown(
+                name, f"open_clip has no weights for {architecture} tagged", source, tags, f"open_clip:{architecture}/"
+            )
         # open_clip only warns where a tag's weights were trained with the other activation than the architecture's.
         if preprocess.get("quick_gelu", False):
             _set_quick_gelu(name, config, True, f"tag {source}")
@@ -66,7 +68,9 @@ def folder_tower(name: str, folder: Path, weights: bool) -> Tower:
 def hub_tower(name: str, repository: str, weights: bool) -> Tower:
     """A repository of the Hugging Face hub in open_clip's layout."""
     config, preprocess = _read_config(hub_file(repository, (CONFIG_FILE,), name))
-    return clip_tower(name, config, preprocess, read_weights(hub_file(repository, WEIGHT_FILES, name)) if weights else None)
+    return clip_tower(
+        name, config, preprocess, read_weights(hub_file(repository, WEIGHT_FILES, name)) if weights else None
+    )
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -83,7 +87,9 @@ def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return content["model_cfg"], preprocess
 
 
-def clip_tower(architecture: str, config: dict[str, Any], preprocess: Mapping[str, Any], loaded: Weights | None) -> Tower:
+def clip_tower(
+    architecture: str, config: dict[str, Any], preprocess: Mapping[str, Any], loaded: Weights | None
+) -> Tower:
     """The image tower of open_clip's model configuration `config`, with the weights `loaded` where given.
 
     preprocess: "mean" and "std" of pixels in [0, 1]; open_clip's defaults are OpenAI's. `loaded` holds a whole CLIP
@@ -99,13 +105,17 @@ def clip_tower(architecture: str, config: dict[str, Any], preprocess: Mapping[st
         module = open_clip.CLIP(config["embed_dim"], vision, no_text, quick_gelu=quick_gelu).visual
     # Whatever a configuration from outside makes the constructors raise, it is the configuration that is wrong.
     except Exception as error:
-        raise ModelError(f"{architecture}: open_clip cannot build this configuration ({type(error).__name__}: {error})") from None
+        raise ModelError(
+            f"{architecture}: open_clip cannot build this configuration ({type(error).__name__}: {error})"
+        ) from None
     size = vision.get("image_size", open_clip.CLIPVisionCfg.image_size)
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise ModelError(f"{architecture}: takes images of {height}x{width} pixels; only square ones are supported")
     if loaded is not None:
-        image_part = {key.removeprefix("visual."): value for key, value in loaded.state.items() if key.startswith("visual.")}
+        image_part = {
+            key.removeprefix("visual."): value for key, value in loaded.state.items() if key.startswith("visual.")
+        }
         load_into(module, image_part or loaded.state, loaded.file)
     mean = statistics(preprocess, "mean", open_clip.OPENAI_DATASET_MEAN, architecture)
     std = statistics(preprocess, "std", open_clip.OPENAI_DATASET_STD, architecture)
@@ -114,20 +124,26 @@ def clip_tower(architecture: str, config: dict[str, Any], preprocess: Mapping[st
 
 
 def _settle_activation(name: str, config: dict[str, Any], loaded: Weights) -> None:
-    """Choose between GELU and QuickGELU for a bare weight file: both fit its tensors, and only one gives its features."""
+    """Choose GELU or QuickGELU for a bare weight file: both fit its tensors, only one gives its features."""
     if "quick_gelu" in loaded.metadata:
         _set_quick_gelu(name, config, bool(loaded.metadata["quick_gelu"]), "the file's header")
     elif loaded.research_prefix:
-        _set_quick_gelu(name, config, True, "tensors 'model.visual.*' are of the feature-contamination code, on OpenAI's CLIP")
-    elif loaded.state.keys() & _OPENAI_MARKS:
-        _set_quick_gelu(name, config, True, f"{', '.join(sorted(_OPENAI_MARKS))} beside the weights are OpenAI's format")
+        _set_quick_gelu(
+            name, config, True, "tensors 'model.visual.*' are of the feature-contamination code, on OpenAI's CLIP"
+        )
+    elif loaded.state.keys() & OPENAI_MARKS:
+        _set_quick_gelu(name, config, True, f"{', '.join(sorted(OPENAI_MARKS))} beside the weights are OpenAI's format")
     elif all(key.startswith("visual.") for key in loaded.state):
         # A guess: open_clip itself never writes an image tower alone. A local-dir folder states the activation instead.
-        _set_quick_gelu(name, config, True, "'visual.*' without a text tower is taken for OpenAI's; use local-dir to choose")
+        _set_quick_gelu(
+            name, config, True, "'visual.*' without a text tower is taken for OpenAI's; use local-dir to choose"
+        )
 
 
 def _set_quick_gelu(name: str, config: dict[str, Any], quick_gelu: bool, reason: str) -> None:
     changed = quick_gelu != bool(config.get("quick_gelu", False))
     config["quick_gelu"] = quick_gelu
-    if changed and isinstance(config["vision_cfg"].get("layers"), int):  # ResNet towers have no GELU, there is nothing to say
+    if changed and isinstance(
+        config["vision_cfg"].get("layers"), int
+    ):  # ResNet towers have no GELU, there is nothing to say
         log.warning("%s: built with %s (%s)", name, "QuickGELU" if quick_gelu else "GELU", reason)

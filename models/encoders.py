@@ -1,17 +1,18 @@
-"""Encoders: image towers by name, each with its own normalisation, and with its hidden states and Gram tokens on request.
+"""Encoders: image towers by name, each with its own normalisation, and hidden states and Gram tokens on request.
 
 | name | what is loaded |
 |---|---|
 | `open_clip:RN50/openai` | open_clip's architecture and pretrained tag |
-| `open_clip:ViT-B-16/FILE` | open_clip's architecture, weights from a file: open_clip's, OpenAI's or the feature-contamination code's |
+| `open_clip:ViT-B-16/FILE` | weights of open_clip, of OpenAI or of the feature-contamination code |
 | `local-dir:FOLDER` | open_clip's folder layout, or the folder of an exported student |
 | `hf-hub:ORG/NAME` | a hub repository in open_clip's layout |
 | `torchvision:resnet50/IMAGENET1K_V2`, `torchvision:resnet50/FILE` | torchvision's classification networks |
 | `timm:NAME/pretrained`, `timm:NAME/FILE` | timm's models |
 | `lenet/FILE`, `cifar_resnet20/FILE`, ... | the small nets of `models.small` |
 
-FILE is a path with an ending of `models.weights.SUFFIXES`; an absolute one follows a double slash (`timm:resnet18//data/w.safetensors`).
-Without tag or file a name is an architecture only, for `load_encoder(name, weights=False)`.
+FILE is a path with an ending of `models.weights.SUFFIXES`; an absolute one follows a double slash
+(`timm:resnet18//data/w.safetensors`). Without tag or file a name is an architecture only, for `load_encoder(name,
+weights=False)`.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ class Intermediates(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Images in [0, 1] to features: normalisation, then a tower that ends before the classifier (CLIP: projected, unnormalised).
+    """Images in [0, 1] to features: normalisation, then a tower that ends before the classifier.
 
-    name: as given to `load_encoder`. architecture: the name that builds it without weights. feature_dim: D. image_size: S.
-    mean, std: buffers [C, 1, 1] outside the state dict. tower: the network itself. num_blocks: how many blocks `intermediates` can
-    name: residual blocks of an open_clip ViT; stages (`layer1`, `layer2`, ...) of a ResNet; 0 for others.
-    clip_config, weights_file: see `models.towers.Tower`.
+    A CLIP tower gives its projected embedding, not divided by its norm.
+
+    name: as given to `load_encoder`. architecture: the name that builds it without weights. feature_dim: D. image_size:
+    S. mean, std: buffers [C, 1, 1] outside the state dict. tower: the network itself. num_blocks: how many blocks
+    `intermediates` can name: residual blocks of an open_clip ViT; stages (`layer1`, `layer2`, ...) of a ResNet; 0 for
+    others. clip_config, weights_file: see `models.towers.Tower`.
     """
 
     mean: Tensor
@@ -59,14 +62,16 @@ class Encoder(nn.Module):
         self.architecture = tower.architecture
         self.feature_dim = tower.feature_dim
         self.image_size = tower.image_size
+        self.any_size = tower.any_size
         self.clip_config = tower.clip_config
         self.weights_file = tower.weights_file
         self.tower = tower.module
         self.register_buffer("mean", torch.tensor(tower.mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tower.std).reshape(-1, 1, 1), persistent=False)
 
-        # Hooks stay for good and keep a tensor only while `intermediates` runs: hooks set per call would break the graph of
-        # torch.compile. `partial` of a bound method, not a closure, so that a deep copy of the encoder fills its own `_kept`.
+        # Hooks stay for good and keep a tensor only while `intermediates` runs: hooks set per call would break the
+        # graph of torch.compile. `partial` of a bound method, not a closure, so that a deep copy of the encoder fills
+        # its own `_kept`.
         self._kept: dict[tuple[str, int], Tensor | None] = {}
         blocks, gram_sources = _blocks(self.tower)
         self.num_blocks = len(blocks)
@@ -81,10 +86,13 @@ class Encoder(nn.Module):
         Raises ModelError for another type or shape; values are not looked at.
         """
         if not images.is_floating_point():
-            raise ModelError(f"{self.name}: images of type {images.dtype}; expected floating point in [0, 1] (uint8: divide by 255)")
+            raise ModelError(
+                f"{self.name}: images of type {images.dtype}; expected floating point in [0, 1] (uint8: divide by 255)"
+            )
         channels = len(self.mean)
         size = self.image_size
-        if images.ndim != 4 or images.shape[1] not in (3, channels) or images.shape[2:] != (size, size):
+        size_fits = self.any_size or images.shape[2:] == (size, size)
+        if images.ndim != 4 or images.shape[1] not in (3, channels) or not size_fits:
             raise ModelError(f"{self.name}: images of shape {list(images.shape)}; expected [N, 3, {size}, {size}]")
         if images.shape[1] != channels:
             images = images.mean(dim=1, keepdim=True)
@@ -93,13 +101,15 @@ class Encoder(nn.Module):
     def intermediates(self, images: Tensor, hidden: Sequence[int] = (), gram: Sequence[int] = ()) -> Intermediates:
         """Features together with tokens of some blocks, numbered from 0 or, negative, from the end.
 
-        hidden[i]: what block i puts out: the residual stream [N, T, E] of a ViT (class token first), the maps of a ResNet stage as
-        tokens [N, H*W, C]. gram[i]: the tokens X whose Gram matrix X X^T / sqrt(E) is matched: of a ViT what the first layer norm
-        of block i gives to its attention (the "attention map" of the feature-contamination code is this matrix, not a
-        softmax); of a ResNet the same as hidden[i].
-        Raises ModelError for a block the tower does not have, and as `forward` does.
+        hidden[i]: what block i puts out: the residual stream [N, T, E] of a ViT (class token first), the maps of a
+        ResNet stage as tokens [N, H*W, C]. gram[i]: the tokens X whose Gram matrix X X^T / sqrt(E) is matched: of a ViT
+        what the first layer norm of block i gives to its attention (the "attention map" of the feature-contamination
+        code is this matrix, not a softmax); of a ResNet the same as hidden[i]. Raises ModelError for a block the tower
+        does not have, and as `forward` does.
         """
-        wanted = [("hidden", self._block_number(index)) for index in hidden] + [("gram", self._block_number(index)) for index in gram]
+        wanted = [("hidden", self._block_number(index)) for index in hidden] + [
+            ("gram", self._block_number(index)) for index in gram
+        ]
         self._kept = dict.fromkeys(wanted)
         try:
             features = self(images)
@@ -114,9 +124,13 @@ class Encoder(nn.Module):
 
     def _block_number(self, index: int) -> int:
         if not self.num_blocks:
-            raise ModelError(f"{self.name}: has no numbered blocks; hidden and Gram terms need an open_clip ViT or a ResNet")
+            raise ModelError(
+                f"{self.name}: has no numbered blocks; hidden and Gram terms need an open_clip ViT or a ResNet"
+            )
         if not -self.num_blocks <= index < self.num_blocks:
-            raise ModelError(f"{self.name}: no block {index}; it has {self.num_blocks}, numbered 0 to {self.num_blocks - 1} or from -1")
+            raise ModelError(
+                f"{self.name}: no block {index}; there are {self.num_blocks}, numbered from 0 or, backwards, from -1"
+            )
         return index % self.num_blocks
 
 
@@ -127,7 +141,7 @@ def _blocks(tower: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     if isinstance(tower, VisionTransformer):
         blocks = list(tower.transformer.resblocks)  # batch first in every version supported: [N, T, E] as it is
         return blocks, [block.get_submodule("ln_1") for block in blocks]
-    stages = []
+    stages: list[nn.Module] = []
     while isinstance(stage := getattr(tower, f"layer{len(stages) + 1}", None), nn.Module):
         stages.append(stage)
     return stages, stages
@@ -141,9 +155,9 @@ def _as_tokens(output: Tensor | None) -> Tensor:
 def load_encoder(name: str, *, weights: bool = True) -> Encoder:
     """The encoder called `name` (see the table above), in training mode with gradients on, on the CPU in float32.
 
-    weights=False: the same architecture with its library's random initialisation; a weight file in the name is still opened, for
-    the activation and normalisation it states, and nothing is downloaded except the configuration of `hf-hub:`.
-    Raises ModelError: unknown name (with close matches), weights missing, unreadable, unfit or unreachable.
+    weights=False: the same architecture with its library's random initialisation; a weight file in the name is still
+    opened, for the activation and normalisation it states, and nothing is downloaded except the configuration of
+    `hf-hub:`. Raises ModelError: unknown name (with close matches), weights missing, unreadable, unfit or unreachable.
     """
     library, colon, rest = name.partition(":")
     if not colon:

@@ -1,8 +1,8 @@
-"""Publish a student: a plain weight file, and open_clip's folder layout where the student can speak the teacher's language.
+"""Publish a student: a plain weight file, and open_clip's folder layout where it fits the teacher's text tower.
 
-A distilled CLIP student lives in its teacher's embedding space, so with the teacher's text tower and temperature it is a whole
-CLIP again: zero-shot works, and `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads it. The text tower comes
-from the teacher's weight file; nobody carries it through a training run.
+A distilled CLIP student lives in its teacher's embedding space, so with the teacher's text tower and temperature it is
+a whole CLIP again: zero-shot works, and `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads it. The text
+tower comes from the teacher's weight file; nobody carries it through a training run.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import ModelError
-from models.clip import CONFIG_FILE, WEIGHT_FILES
+from models.clip import CONFIG_FILE, OPENAI_MARKS, WEIGHT_FILES
 from models.encoders import STUDENT_FILE, Encoder
-from models.weights import read_weights, state_sha256, write_safetensors, write_text
+from models.weights import misfit, read_weights, state_sha256, write_safetensors, write_text
 
 
 def export_student(encoder: Encoder, folder: Path, *, card: Mapping[str, object], source: Encoder | None) -> list[str]:
-    """Write `encoder` to `folder`: student.safetensors, README.md and, where possible, open_clip's configuration and weights.
+    """Write `encoder` to `folder`: student.safetensors, README.md and, where possible, open_clip's two files.
 
-    card: what README.md lists, in this order, for example teacher, data, losses, steps, hashes, commit. source: the teacher.
-    `load_encoder("local-dir:FOLDER")` reads the folder in either case. Each file is replaced as a whole; a configuration left by
-    an earlier export is removed first, so the folder never joins old and new weights.
-    Returns the reasons why open_clip's files were not written, empty where they were. Raises ModelError where nothing can be written.
+    card: what README.md lists, in this order, for example teacher, data, losses, steps, hashes, commit. source: the
+    teacher. `load_encoder("local-dir:FOLDER")` reads the folder in either case. Each file is replaced as a whole; a
+    configuration left by an earlier export is removed first, so the folder never joins old and new weights. Returns the
+    reasons why open_clip's files were not written, empty where they were. Raises ModelError where nothing can be
+    written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,19 +62,27 @@ def _header(encoder: Encoder) -> dict[str, object]:
 
 def _write_open_clip(encoder: Encoder, state: Mapping[str, Tensor], folder: Path, source: Encoder | None) -> list[str]:
     """Write open_clip's two files, or say why not."""
-    reasons = _obstacles(encoder, source)
+    own = encoder.clip_config
+    if own is None:
+        return [f"the student {encoder.architecture} is not an open_clip tower"]
+    if source is None or source.clip_config is None:
+        return ["the teacher is not an open_clip model, so there is no text tower"]
+    if source.weights_file is None:
+        return ["the teacher has random weights, so its text tower means nothing"]
+    reasons = _obstacles(encoder.feature_dim, own, source.feature_dim, source.clip_config)
     if reasons:
         return reasons
-    assert source is not None and source.clip_config is not None and encoder.clip_config is not None
-    assert source.weights_file is not None
-    text = {name: tensor for name, tensor in read_weights(source.weights_file).state.items() if not name.startswith("visual.")}
-    config = copy.deepcopy(source.clip_config)
-    config["vision_cfg"] = encoder.clip_config["vision_cfg"]
-    whole = {**{f"visual.{name}": tensor for name, tensor in state.items()}, **text}
-    misfit = _misfit(config, whole)
-    if misfit:
-        return [f"the text tower in {source.weights_file.name} does not fit the teacher's configuration: {misfit}"]
 
+    config = {**source.clip_config, "vision_cfg": own["vision_cfg"]}
+    whole = {f"visual.{name}": tensor for name, tensor in state.items()}
+    for name, tensor in read_weights(source.weights_file).state.items():
+        if not name.startswith("visual.") and name not in OPENAI_MARKS:
+            whole[name] = tensor
+    if len(whole) == len(state):
+        return [f"the teacher's file {source.weights_file.name} holds no text tower"]
+    problem = misfit(_skeleton(config), whole)
+    if problem:
+        return [f"image tower and the text tower of {source.weights_file.name} make no whole model: {problem}"]
     preprocess = {
         "size": encoder.image_size,
         "mode": "RGB",
@@ -87,45 +96,68 @@ def _write_open_clip(encoder: Encoder, state: Mapping[str, Tensor], folder: Path
     return []
 
 
-def _obstacles(encoder: Encoder, source: Encoder | None) -> list[str]:
-    """Why the student and the teacher's text tower make no CLIP; empty where they do."""
-    if encoder.clip_config is None:
-        return [f"the student {encoder.architecture} is not an open_clip tower"]
-    if source is None or source.clip_config is None:
-        return ["the teacher is not an open_clip model, so there is no text tower"]
+def _obstacles(own_dim: int, own: Mapping[str, Any], teacher_dim: int, teacher: Mapping[str, Any]) -> list[str]:
+    """Why a student of configuration `own` cannot take the text tower of `teacher`; empty where it can."""
     reasons = []
-    if source.weights_file is None:
-        reasons.append("the teacher has random weights, so its text tower means nothing")
-    if encoder.feature_dim != source.feature_dim:
-        reasons.append(f"the student's embedding has {encoder.feature_dim} dimensions, the teacher's {source.feature_dim}")
-    if "multimodal_cfg" in source.clip_config:
-        reasons.append("the teacher is a CoCa model, whose captioner belongs to its own image tower")
+    if own_dim != teacher_dim:
+        reasons.append(f"the student's embedding has {own_dim} dimensions, the teacher's {teacher_dim}")
+    if "multimodal_cfg" in teacher or "hf_model_name" in teacher.get("text_cfg", {}):
+        reasons.append("the teacher's text side is no plain open_clip text tower")
     # open_clip has one activation for both towers. A ResNet tower uses neither, so it takes the teacher's.
-    own, theirs = (bool(config.get("quick_gelu", False)) for config in (encoder.clip_config, source.clip_config))
-    if isinstance(encoder.clip_config["vision_cfg"].get("layers"), int) and own != theirs:
-        reasons.append(f"quick_gelu is {own} for the student and {theirs} for the teacher's text tower; open_clip has one for both")
+    activations = [bool(config.get("quick_gelu", False)) for config in (own, teacher)]
+    if isinstance(own["vision_cfg"].get("layers"), int) and len(set(activations)) == 2:
+        reasons.append(
+            "of student and teacher's text tower one uses QuickGELU and one GELU; open_clip has one for both"
+        )
     return reasons
 
 
-def _misfit(config: dict[str, Any], whole: Mapping[str, Tensor]) -> str:
-    """First difference between the tensors of a whole CLIP and those its configuration asks for; empty where there is none."""
+def _skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """The whole CLIP of a configuration, without memory for its tensors."""
     import open_clip
 
-    plain = {key: value for key, value in config.items() if key != "custom_text"}
-    custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    with torch.device("meta"):  # shapes only: no memory, no random numbers
-        model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**copy.deepcopy(plain))
-    ...
+    arguments = {key: copy.deepcopy(value) for key, value in config.items() if key != "custom_text"}
+    with torch.device("meta"):
+        return (open_clip.CustomTextCLIP if config.get("custom_text", False) else open_clip.CLIP)(**arguments)
 
 
 def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str, object], reasons: list[str]) -> str:
-    parameters = sum(parameter.numel() for parameter in encoder.parameters())
     rows = {
         **card,
         "architecture": encoder.architecture,
-        "images": f"RGB in [0, 1], {encoder.image_size} x {encoder.image_size} pixels, resized by the short side (bicubic) and cropped",
+        "input": f"RGB in [0, 1], {encoder.image_size} pixels square: short side resized (bicubic), centre crop",
         "features": encoder.feature_dim,
-        "parameters": parameters,
-        "sha256 of the image tower's tensors": state_sha256(state),
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "sha256 of the tensors": state_sha256(state),
     }
-    ...
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    zero_shot = (
+        "No open_clip folder was written: " + "; ".join(reasons) + "."
+        if reasons
+        else "It is also a whole CLIP, with the teacher's text tower and temperature:\n\n"
+        '    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")'
+    )
+    return f"""# {encoder.architecture}, distilled
+
+An image encoder trained from the outputs of another one, its teacher.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+    encoder = load_encoder("local-dir:FOLDER")  # of this project: takes images in [0, 1], owns its normalisation
+
+{zero_shot}
+
+## Licence
+
+These weights were learned from the teacher's outputs on the data named above. Read the licences of both before you
+publish or sell anything made with them; this project's own licence covers its code only.
+"""
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")

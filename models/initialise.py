@@ -1,8 +1,8 @@
 """What a student starts from: the published random initialisation, and two things it may take over from its teacher.
 
-"Published" means what the feature-contamination code does to a student of the teacher's architecture, found by running it: every
-layer's own `reset_parameters`, and OpenAI's scales for the tensors that belong to no layer. CLIP's own initialisation (zero
-bn3 scales, smaller attention projections) is *not* applied there, so neither is it here.
+"Published" means what the feature-contamination code does to a student of the teacher's architecture, found by running
+it: every layer's own `reset_parameters`, and OpenAI's scales for the tensors that belong to no layer. CLIP's own
+initialisation (zero bn3 scales, smaller attention projections) is *not* applied there, so neither is it here.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from models.encoders import Encoder
 def reset_parameters(module: nn.Module) -> None:
     """Draw every parameter of `module` anew from torch's global generator, children before parents.
 
-    Convolution and linear weights: U(-b, b) with b = 1/sqrt(fan_in), biases likewise. Layer norm and batch norm: scale 1, shift 0,
-    fresh running statistics. Multi-head attention: in_proj Xavier-uniform, its bias and out_proj's 0, out_proj's weight as a linear
-    layer's. A CLIP ViT of width w: class embedding, positions and projection N(0, 1)/sqrt(w). Attention pooling over C channels:
-    positions N(0, 1)/sqrt(C).
-    Raises ModelError, before anything is changed, for a parameter of a module that none of these rules covers.
+    Convolution and linear weights: U(-b, b) with b = 1/sqrt(fan_in), biases likewise. Layer norm and batch norm: scale
+    1, shift 0, fresh running statistics. Multi-head attention: in_proj Xavier-uniform, its bias and out_proj's 0,
+    out_proj's weight as a linear layer's. A CLIP ViT of width w: class embedding, positions and projection N(0,
+    1)/sqrt(w). Attention pooling over C channels: positions N(0, 1)/sqrt(C). Raises ModelError, before anything is
+    changed, for a parameter of a module that none of these rules covers.
     """
-    owners = [(path, part) for path, part in _children_first(module) if next(part.parameters(recurse=False), None) is not None]
+    owners = [
+        (path, part) for path, part in _children_first(module) if next(part.parameters(recurse=False), None) is not None
+    ]
     for path, part in owners:
-        if not isinstance(part, nn.MultiheadAttention | VisionTransformer | AttentionPool2d) and not hasattr(part, "reset_parameters"):
+        if not isinstance(part, nn.MultiheadAttention | VisionTransformer | AttentionPool2d) and not hasattr(
+            part, "reset_parameters"
+        ):
             names = ", ".join(f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False))
             raise ModelError(
-                f"no published initialisation for {names} ({type(part).__name__}); a model built with weights=False already has "
-                "its library's own"
+                f"no published initialisation for {names} ({type(part).__name__}); "
+                "a model built with weights=False already has its library's own"
             )
     with torch.no_grad():
         for _, part in owners:
@@ -42,7 +46,11 @@ def reset_parameters(module: nn.Module) -> None:
 
 
 def _children_first(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    below = [entry for name, child in module.named_children() for entry in _children_first(child, f"{path}.{name}".lstrip("."))]
+    below = [
+        entry
+        for name, child in module.named_children()
+        for entry in _children_first(child, f"{path}.{name}".lstrip("."))
+    ]
     return [*below, (path, module)]
 
 
@@ -64,7 +72,7 @@ def _reset(part: nn.Module) -> None:
 
 
 def copy_attention(student: Encoder, teacher: Encoder) -> list[str]:
-    """Copy the teacher's attention into the student: every attention layer of a ViT, the attention pooling of a CLIP ResNet.
+    """Copy the teacher's attention into the student: each attention layer of a ViT, a CLIP ResNet's attention pooling.
 
     Returns the paths of the layers copied. Raises ModelError where there is none, or the two differ in paths or shapes.
     """
@@ -75,7 +83,7 @@ def copy_attention(student: Encoder, teacher: Encoder) -> list[str]:
 
 
 class _StoredStatistics(_BatchNorm):
-    """Batch norm that normalises by its running statistics in training mode too, and leaves them alone; scale and shift train."""
+    """Batch norm by the running statistics, in training mode too, which leaves them alone; scale and shift train."""
 
     def train(self, mode: bool = True) -> _StoredStatistics:
         return super().train(False)
@@ -84,8 +92,9 @@ class _StoredStatistics(_BatchNorm):
 def freeze_norm_stats(student: Encoder, teacher: Encoder) -> list[str]:
     """Give the student's batch norms the teacher's running statistics, for good: `.train()` does not unfreeze them.
 
-    Parameters keep their identity, so this may come before or after an optimiser is made, but not before a conversion to SyncBatchNorm.
-    Returns the paths of the layers. Raises ModelError where there is none, or the two differ in paths or widths.
+    Parameters keep their identity, so this may come before or after an optimiser is made, but not before a conversion
+    to SyncBatchNorm. Returns the paths of the layers. Raises ModelError where there is none, or the two differ in paths
+    or widths.
     """
     pairs = _pairs(student, teacher, (_BatchNorm,), "batch norms")
     for _, own, source in pairs:
@@ -101,14 +110,21 @@ def _pairs(
     student: Encoder, teacher: Encoder, types: tuple[type[nn.Module], ...], what: str
 ) -> list[tuple[str, nn.Module, nn.Module]]:
     """The layers of these types in both towers, by path. Raises ModelError where they do not correspond."""
-    own, source = ({path: part for path, part in encoder.tower.named_modules() if isinstance(part, types)} for encoder in (student, teacher))
+    own, source = (
+        {path: part for path, part in encoder.tower.named_modules() if isinstance(part, types)}
+        for encoder in (student, teacher)
+    )
     if not source:
         raise ModelError(f"{teacher.name} has no {what} to take over")
-    different = [path for path in {**source, **own} if path not in own or path not in source or _shapes(own[path]) != _shapes(source[path])]
+    different = [
+        path
+        for path in {**source, **own}
+        if path not in own or path not in source or _shapes(own[path]) != _shapes(source[path])
+    ]
     if different:
         raise ModelError(
-            f"the {what} of student {student.name} and teacher {teacher.name} differ in {len(different)} places, first at "
-            f"{different[0]}; they can be taken over only between equal architectures"
+            f"the {what} of student {student.name} and teacher {teacher.name} differ, first at {different[0]} "
+            f"({len(different)} in all); they can be taken over only between equal architectures"
         )
     return [(path, own[path], source[path]) for path in source]
 

@@ -1,12 +1,13 @@
-"""The project's small nets: LeNet for 28x28 grey images and the CIFAR forms of ResNet, VGG and DenseNet for 32x32 colour.
+"""The project's small nets: LeNet for 28x28 grey images; CIFAR forms of ResNet, VGG and DenseNet for 32x32 colour.
 
-Each takes *normalised* images [N, C, S, S] and returns logits [N, num_classes], or, with `num_classes=0`, the features [N, D]
-before the classifier. `SMALL_NETS` says which exist, with the pixel statistics the published training codes use: those differ
-(standard deviation .2023/.1994/.2010 in the smoothing codes' ResNets, .247/.243/.261 in "Hold me tight!"), so each net keeps its own.
+Each takes *normalised* images [N, C, S, S] and returns logits [N, num_classes], or, with `num_classes=0`, the features
+[N, D] before the classifier. `SMALL_NETS` says which exist, with the pixel statistics the published training codes use:
+those differ (standard deviation .2023/.1994/.2010 in the smoothing codes' ResNets, .247/.243/.261 in "Hold me tight!"),
+so each net keeps its own.
 
-Sources: LeCun et al. 1998 with ReLU and max-pooling; He et al. 2016 (arXiv:1512.03385) §4.2 for the 6n+2-layer ResNets, here
-with a convolution on every shortcut that changes shape; Simonyan & Zisserman (arXiv:1409.1556) with BatchNorm; Huang et al.
-(arXiv:1608.06993), growth 32.
+Sources: LeCun et al. 1998 with ReLU and max-pooling; He et al. 2016 (arXiv:1512.03385) §4.2 for the 6n+2-layer ResNets,
+here with a convolution on every shortcut that changes shape; Simonyan & Zisserman (arXiv:1409.1556) with BatchNorm;
+Huang et al. (arXiv:1608.06993), growth 32.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Vgg19(nn.Module):
         self.classifier = _classifier(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).flatten(1))
+        return self.classifier(self.features(images).mean((2, 3)))
 
 
 class DenseLayer(nn.Module):
@@ -159,7 +160,7 @@ class DenseNet121(nn.Module):
 
 @dataclass(frozen=True)
 class SmallNet:
-    """build(num_classes) makes the net; 0 classes means features. classifier: name of its last layer. mean, std: of [0, 1] pixels."""
+    """`build(num_classes)` makes the net; `classifier` names its last layer; mean, std: of pixels in [0, 1]."""
 
     build: Callable[[int], nn.Module]
     feature_dim: int
@@ -176,7 +177,9 @@ _MARGINS_STD = (0.247, 0.243, 0.261)
 
 def _thin_resnet(depth: int) -> SmallNet:
     blocks = [(depth - 2) // 6] * 3
-    return SmallNet(lambda classes: CifarResNet(blocks, (16, 32, 64), classes), 64, "fc", 32, _CIFAR_MEAN, _SMOOTHING_STD)
+    return SmallNet(
+        lambda classes: CifarResNet(blocks, (16, 32, 64), classes), 64, "fc", 32, _CIFAR_MEAN, _SMOOTHING_STD
+    )
 
 
 def _resnet18(num_classes: int) -> nn.Module:

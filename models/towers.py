@@ -1,4 +1,4 @@
-"""Towers: networks that end before the classifier, by name, from torchvision, timm and `models.small` (CLIP's: `models.clip`)."""
+"""Towers: networks that end before the classifier, from torchvision, timm, `models.small` (CLIP's: `models.clip`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 class Tower:
     """A network from normalised images [N, C, S, S] to features [N, feature_dim], and what is needed to use it.
 
-    architecture: the name that builds it again without weights. image_size: S in pixels. mean, std: of pixels in [0, 1], one
-    value per channel. clip_config: open_clip's model configuration, None for other libraries. weights_file: where its weights
-    were read, None for random ones.
+    architecture: the name that builds it again without weights. image_size: S in pixels. mean, std: of pixels in [0,
+    1], one value per channel. clip_config: open_clip's model configuration, None for other libraries. weights_file:
+    where its weights were read, None for random ones. any_size: whether images of other sizes are taken.
     """
 
     module: nn.Module
@@ -36,6 +36,7 @@ class Tower:
     std: tuple[float, ...]
     clip_config: dict[str, Any] | None = field(default=None, repr=False)
     weights_file: Path | None = None
+    any_size: bool = False
 
 
 def torchvision_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
@@ -53,20 +54,31 @@ def torchvision_tower(name: str, architecture: str, source: str, weights: bool) 
         loaded = read_weights(source)
     elif source:
         if source not in tags.__members__:
-            raise unknown(name, f"{architecture} has no weights", source, tags.__members__, f"torchvision:{architecture}/")
+            raise unknown(
+                name, f"{architecture} has no weights", source, tags.__members__, f"torchvision:{architecture}/"
+            )
         tag = tags[source]
         loaded = read_weights(torchvision_file(tag.url, name)) if weights else None
 
     module = models.get_model(architecture, weights=None)
-    classifier = next((path for path, part in reversed(list(module.named_modules())) if isinstance(part, nn.Linear)), None)
+    classifier = next(
+        (path for path, part in reversed(list(module.named_modules())) if isinstance(part, nn.Linear)), None
+    )
     if classifier is None or getattr(module, "aux_logits", False):
         raise ModelError(f"{name}: not supported, its features are not the input of one last linear layer")
     parent, _, attribute = classifier.rpartition(".")
     feature_dim = module.get_submodule(classifier).in_features
     setattr(module.get_submodule(parent), attribute, nn.Identity())
     preprocess = tag.transforms()
-    size = preprocess.crop_size[0]
-    tower = Tower(module, f"torchvision:{architecture}", size, int(feature_dim), tuple(preprocess.mean), tuple(preprocess.std))
+    tower = Tower(
+        module,
+        f"torchvision:{architecture}",
+        image_size=preprocess.crop_size[0],
+        feature_dim=int(feature_dim),
+        mean=tuple(preprocess.mean),
+        std=tuple(preprocess.std),
+        any_size=not architecture.startswith(("vit_", "maxvit")),  # these have one position per patch
+    )
     return with_weights(tower, name, loaded, weights, [classifier])
 
 
@@ -78,12 +90,14 @@ def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Towe
         raise unknown(name, "timm has no model", architecture, timm.list_models(), "timm:")
     require_source(name, source, weights)
     if source not in ("", "pretrained") and not is_file(source):
-        raise ModelError(f"{name}: expected timm:{architecture}/pretrained or timm:{architecture}/FILE ({', '.join(SUFFIXES)})")
+        raise ModelError(
+            f"{name}: expected timm:{architecture}/pretrained or timm:{architecture}/FILE ({', '.join(SUFFIXES)})"
+        )
     loaded = read_weights(source) if is_file(source) else None
     published = _timm_hub_file(name, architecture) if source == "pretrained" and weights else None
     try:
         # timm's own reader knows the conversions that its published files need, and takes tensors only (weights_only).
-        module = timm.create_model(
+        module: Any = timm.create_model(
             architecture,
             num_classes=0,
             pretrained=published is not None,
@@ -95,10 +109,20 @@ def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Towe
     config = module.pretrained_cfg
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
-        raise ModelError(f"{name}: takes images of {channels}x{height}x{width}; only square ones of 3 channels are supported")
+        raise ModelError(
+            f"{name}: takes images of {channels}x{height}x{width}; only square ones of 3 channels are supported"
+        )
     classifier = config["classifier"] or ()
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    tower = Tower(module, f"timm:{architecture}", height, module.head_hidden_size, mean, std, weights_file=published)
+    tower = Tower(
+        module,
+        f"timm:{architecture}",
+        image_size=height,
+        feature_dim=module.head_hidden_size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        weights_file=published,
+        any_size=not config.get("fixed_input_size", False),
+    )
     return with_weights(tower, name, loaded, weights, [classifier] if isinstance(classifier, str) else classifier)
 
 
@@ -115,27 +139,42 @@ def _timm_hub_file(name: str, architecture: str) -> Path:
 def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
     """This project's small net `architecture`; `source` is a file, or empty."""
     if architecture not in SMALL_NETS:
-        raise unknown(name, "no model is called", architecture, _bare_names(architecture), "")
+        elsewhere = [f"{library}:{architecture}" for library, known in _library_models().items() if architecture in known]
+        if elsewhere:
+            raise ModelError(f"{name}: no small net of this project; did you mean {' or '.join(elsewhere)}?")
+        raise unknown(name, "no model is called", architecture, SMALL_NETS, "")
     require_source(name, source, weights)
     if source and not is_file(source):
         raise ModelError(f"{name}: expected {architecture}/FILE ({', '.join(SUFFIXES)})")
     net = SMALL_NETS[architecture]
-    tower = Tower(net.build(0), architecture, net.image_size, net.feature_dim, net.mean, net.std)
+    tower = Tower(
+        net.build(0),
+        architecture,
+        image_size=net.image_size,
+        feature_dim=net.feature_dim,
+        mean=net.mean,
+        std=net.std,
+        any_size=architecture != "lenet",
+    )
     return with_weights(tower, name, read_weights(source) if source else None, weights, [net.classifier])
 
 
-def _bare_names(wanted: str) -> list[str]:
-    """What a name without a library may have meant: the small nets, and `wanted` in every library that has it."""
+def _library_models() -> dict[str, list[str]]:
     import open_clip
     import timm
     from torchvision import models
 
-    libraries = {"torchvision": models.list_models(module=models), "timm": timm.list_models(), "open_clip": open_clip.list_models()}
-    return [f"{library}:{wanted}" for library, names in libraries.items() if wanted in names] + list(SMALL_NETS)
+    return {
+        "torchvision": models.list_models(module=models),
+        "timm": timm.list_models(),
+        "open_clip": open_clip.list_models(),
+    }
 
 
-def with_weights(tower: Tower, name: str, loaded: Weights | None, weights: bool, classifiers: Sequence[str] = ()) -> Tower:
-    """`tower` with the normalisation that the file `loaded` states, and with its tensors where `weights`."""
+def with_weights(
+    tower: Tower, name: str, loaded: Weights | None, weights: bool, classifiers: Sequence[str] = ()
+) -> Tower:
+    """`tower` with the normalisation and image size that the file `loaded` states, and, where `weights`, its tensors."""
     if loaded is None:
         return tower
     if weights:
@@ -144,8 +183,12 @@ def with_weights(tower: Tower, name: str, loaded: Weights | None, weights: bool,
         if len(state) < len(loaded.state):
             log.info("%s: classifier (%s) left out, an encoder ends before it", name, ", ".join(classifiers))
         load_into(tower.module, state, loaded.file)
+    size = loaded.metadata.get("image_size", tower.image_size)
+    if size != tower.image_size and not (tower.any_size and isinstance(size, int) and size > 0):
+        raise ModelError(f"{loaded.file}: made for images of {size!r} pixels, {tower.architecture} takes {tower.image_size}")
     return replace(
         tower,
+        image_size=size,
         mean=statistics(loaded.metadata, "mean", tower.mean, loaded.file),
         std=statistics(loaded.metadata, "std", tower.std, loaded.file),
         weights_file=loaded.file if weights else None,
@@ -174,7 +217,8 @@ def require_source(name: str, source: str, weights: bool) -> None:
     """Raise ModelError where weights are wanted but `name` says none."""
     if weights and not source:
         raise ModelError(
-            f"{name} names an architecture without weights; append /FILE ({', '.join(SUFFIXES)}; absolute: //...) or a tag of its library"
+            f"{name} names an architecture without weights; append /FILE ({', '.join(SUFFIXES)}; absolute: //...) "
+            "or a tag of its library"
         )
 
 
@@ -182,5 +226,9 @@ def unknown(name: str, problem: str, wanted: str, known: Iterable[str], prefix: 
     """The error for an unknown name: one line with the closest names known."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = [by_lower[match] for match in difflib.get_close_matches(wanted.lower(), by_lower, n=4, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(prefix + match for match in close)}?" if close else "see models/encoders.py for the names"
+    hint = (
+        f"did you mean {' or '.join(prefix + match for match in close)}?"
+        if close
+        else "see models/encoders.py for the names"
+    )
     return ModelError(f"{name}: {problem} {wanted!r}; {hint}")

@@ -1,8 +1,8 @@
 """Weight files: read safely, cleaned of wrappers' prefixes, checked, hashed and written atomically.
 
-Only tensors are ever taken from a file. Safetensors is the format of this project; a `.pt`/`.pth`/`.bin` file is read by
-`torch.load(weights_only=True)`, which refuses pickled code instead of running it. Whatever is wrong with a file a user named
-raises `ModelError` with one line that names the file.
+Only tensors are ever taken from a file. Safetensors is the format of this project; a `.pt`/`.pth`/`.bin` file is read
+by `torch.load(weights_only=True)`, which refuses pickled code instead of running it. Whatever is wrong with a file a
+user named raises `ModelError` with one line that names the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _MODULE, _COMPILED, RESEARCH_PREFIX = "module.", "_orig_mod.", "model."
 # Names under which training programs nest the weights beside their epoch, optimiser and so on.
 _NESTED = ("state_dict", "model_state_dict", "model")
-# One header field for all of ours: safetensors writes several fields in random order, so equal content would not give equal bytes.
+# One header field for all of ours: safetensors writes several fields in random order, so equal content would not give
+# equal bytes.
 _HEADER_FIELD = "shiftlens"
 _LOADABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
 
@@ -41,10 +42,9 @@ _LOADABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.
 class Weights:
     """What a weight file holds.
 
-    state: tensors by name without wrapper prefixes; floating point as float32, all finite.
-    metadata: what this project noted in the header of a safetensors file (`write_safetensors`); empty for files of others.
-    research_prefix: whether every name began with `model.`, as in checkpoints of the feature-contamination code.
-    file: where it was read.
+    state: tensors by name without wrapper prefixes; floating point as float32, all finite. metadata: what this project
+    noted in the header of a safetensors file (`write_safetensors`); empty for files of others. research_prefix: whether
+    every name began with `model.`, as in checkpoints of the feature-contamination code. file: where it was read.
     """
 
     state: dict[str, Tensor]
@@ -73,10 +73,14 @@ def read_weights(file: str | Path) -> Weights:
 
     for name, tensor in state.items():
         if tensor.dtype not in _LOADABLE:
-            raise ModelError(f"{file}: tensor {name} has type {str(tensor.dtype)[6:]}, which is not read; save float32 or float16")
+            raise ModelError(
+                f"{file}: tensor {name} has type {str(tensor.dtype)[6:]}, which is not read; save float32 or float16"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(f"{file}: tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; the weights are damaged")
+            raise ModelError(
+                f"{file}: tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; the weights are damaged"
+            )
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     state, research_prefix = _strip_prefixes(state, file)
     return Weights(state, metadata, research_prefix, file)
@@ -126,7 +130,9 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         raise ModelError(f"{file} holds a {type(content).__name__}, not a dictionary of weights")
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            raise ModelError(f"{file}: entry {name!r} is a {type(value).__name__}, not a tensor; save a state_dict only")
+            raise ModelError(
+                f"{file}: entry {name!r} is a {type(value).__name__}, not a tensor; save a state_dict only"
+            )
     return {str(name): tensor for name, tensor in content.items()}
 
 
@@ -143,10 +149,21 @@ def _strip_prefixes(state: dict[str, Tensor], file: Path) -> tuple[dict[str, Ten
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Copy `state` into `module`; names and shapes must agree exactly.
+    """Copy `state` into `module`; names and shapes must agree exactly, as `misfit` says.
+
+    Raises ModelError with one line: `where`, and how many tensors are missing, unexpected or of another shape, with the
+    first names.
+    """
+    problem = misfit(module, state)
+    if problem:
+        raise ModelError(f"{where} does not fit {type(module).__name__}: {problem}")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def misfit(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """How names and shapes of `state` differ from those of `module`, in one line; empty where they do not.
 
     BatchNorm's `num_batches_tracked` may be absent: files older than torch 0.4.1 lack it, and nothing here reads it.
-    Raises ModelError with one line: `where`, how many tensors are missing, unexpected or of another shape, and the first names.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
@@ -156,14 +173,9 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str | Path)
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [
-        f"{len(names)} {what} ({_first_names(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise ModelError(f"{where} does not fit {type(module).__name__} ({len(own)} tensors): {'; '.join(problems)}")
-    module.load_state_dict(dict(state), strict=False)
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    problems = [f"{len(names)} {kind} ({_first_names(names)})" for kind, names in kinds if names]
+    return f"of its {len(own)} tensors {', '.join(problems)}" if problems else ""
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning OpenMP threads on a busy machine are many times slower than one
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two spinning OpenMP threads on a busy machine are many times slower than one
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,3 +31,54 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 50, 47 and 39 random 32x32 images in ten classes."""
+    import io
+    import json
+
+    import numpy as np
+    import webdataset
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("tiny_shards")
+    generator = np.random.default_rng(0)
+    sizes = {}
+    for shard, count in enumerate((50, 47, 39)):
+        name = f"{shard:06d}.tar"
+        with webdataset.TarWriter(str(folder / name), encoder=False) as writer:
+            for i in range(count):
+                buffer = io.BytesIO()
+                # Smooth colour fields: features of a random teacher differ between them, as between real images.
+                coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+                Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
+                label = str(int(generator.integers(10))).encode()
+                writer.write({"__key__": f"{shard}-{i}", "png": buffer.getvalue(), "cls": label})
+        sizes[name] = count
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of a random two-block CLIP ViT for 32x32 images, in open_clip's folder layout."""
+    import json
+
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1},
+    }
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**config)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    content = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return f"local-dir:{folder}"

@@ -170,8 +170,9 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         )
 
     import torch
+    from accelerate.utils import gather_object
 
-    from data.demo import DEMO_TEACHER, demo_shards
+    from data import demo
     from data.stream import open_stream
     from data.transforms import TrainTransform, unit_interval
     from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint
@@ -179,7 +180,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     from models.encoders import load_encoder
     from models.export import export_student
     from models.initialise import copy_attention, freeze_norm_stats, reset_parameters
-    from models.weights import state_sha256
+    from models.weights import state_sha256, write_safetensors
 
     # Only rank 0 touches the run folder; the others learn whether that went well before anybody computes.
     folder: RunFolder | None = None
@@ -195,11 +196,14 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
 
     # --- Models -------------------------------------------------------------------------------------------------------
     checkpoint = checkpoint_to_continue(config, out, FIXED)
-    teacher_name = DEMO_TEACHER if config.teacher == "demo" else config.teacher
+    teacher_name = demo.DEMO_TEACHER if config.teacher == "demo" else config.teacher
     teacher = load_encoder(teacher_name).eval().requires_grad_(False)
     student = load_encoder(config.student or teacher_name, weights=False)
     torch.manual_seed(config.seed)
-    reset_parameters(student)
+    try:
+        reset_parameters(student)
+    except ModelError as error:
+        log.warning("student  keeps its library's own initialisation: %s", error)
     if config.init == "teacher_attention":
         copy_attention(student, teacher)
     # A term with weight 0 is not computed at all.
@@ -253,7 +257,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     # --- Data ---------------------------------------------------------------------------------------------------------
     if config.data == "demo":
         with accelerator.local_main_process_first():
-            data = demo_shards("train")
+            data = demo.demo_shards("train")
     else:
         data = config.data
     cursor = checkpoint.state["data"] if checkpoint is not None else None
@@ -424,7 +428,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 )
 
     # --- End ----------------------------------------------------------------------------------------------------------
-    data_report = stream.report()
+    data_report = gather_object([stream.report()])  # one per rank: samples delivered, unusable ones by reason
     if rank == 0 and folder is not None:
         assert state_sha256(teacher.cpu().state_dict()) == teacher_hash, "the teacher's weights changed during the run"
         if rows := folder.metrics():
@@ -439,10 +443,13 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             "seed": config.seed,
             **{name: final[name] for name in ("loss", "feature", "hidden", "gram") if name in final},
         }
-        written, notes = export_student(student.cpu(), out / "export", card=card, source=teacher)
-        for note in notes:
-            log.info("export: %s", note)
-        log.info("written: %s", ", ".join(str(p) for p in written))
+        for reason in export_student(student.cpu(), out / "export", card=card, source=teacher):
+            log.info("export   no open_clip folder: %s", reason)
+        if isinstance(distiller.projector, torch.nn.Linear):
+            # The student's features times this are the teacher's; the student alone is what is published.
+            state = {k: v.cpu() for k, v in distiller.projector.state_dict().items()}
+            write_safetensors(out / "export" / "projector.safetensors", state, {"teacher": teacher.name})
+        log.info("written  %s: weights in export/, curve in loss.png", out)
         if final:
             append_row(
                 out / "results.jsonl",
