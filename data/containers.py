@@ -141,6 +141,14 @@ def _members(source: str, tar: str) -> dict[str, tuple[int, int]]:
             if name in places:
                 raise DataError(f"{source} holds {name} twice")
             places[name] = (member.offset_data, member.size)
+        end = archive.offset
+    # tarfile takes a file that is cut off at or inside a header for a complete one, so the closing block must be there.
+    with open(tar, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(
+                f"{source} is no readable tar archive: it ends without a closing block after {len(places)} files"
+            )
     return places
 
 

@@ -55,16 +55,16 @@ class ShardCheck:
     labels: Counter[int] = field(default_factory=Counter)
 
 
-def verify(where: Sequence[str], *, decode: bool = True, workers: int = 1, allow_pipe: bool = False) -> list[str]:
+def verify(data: Sequence[str], *, decode: bool = True, workers: int = 1, allow_pipe: bool = False) -> list[str]:
     """Read every sample of the shards and print what is wrong, a line each; return those lines.
 
     Checked: counts against sizes.json, truncation, records without or with two images or labels, labels, keys that
     occur twice, and, with `decode`, that every image decodes in full. Raises DataError when there is nothing to check.
     """
     if decode:
-        import data.transforms  # noqa: F401  imports torch; workers inherit it from the process that forks them
+        from data import transforms  # noqa: F401  imports torch; workers inherit it from the process that forks them
 
-    shards = find_shards(where, allow_pipe=allow_pipe)
+    shards = find_shards(data, allow_pipe=allow_pipe)
     problems: list[str] = []
     labels: Counter[int] = Counter()
     place_of: dict[str, int] = {}

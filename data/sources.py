@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import posixpath
 import re
 from collections import Counter
@@ -145,12 +144,14 @@ def _label_files(
     inside = _select_split(images, split)
     if not inside:
         raise DataError(f"{content.path} holds no images" + (f" under a folder {split!r}" if split else ""))
+    paths = list(inside)
     if val_labels:
-        tokens = _tokens_from_csv(inside, val_labels)
-    elif layout == "flat" or (layout in ("auto", "imagenet") and _is_flat_wnid(inside)):
-        tokens = [_leading_wnid(path) for path in inside]
+        tokens = _tokens_from_csv(paths, val_labels)
+    elif layout == "flat" or (layout in ("auto", "imagenet") and _is_flat_wnid(paths)):
+        tokens = [_leading_wnid(path) for path in paths]
+        paths = [posixpath.basename(path) for path in paths]  # the folder says nothing, so keys leave it out
     else:
-        tokens = _class_folders(inside, content.path)
+        tokens = _class_folders(paths, content.path)
 
     classes, label_of = _number_classes(tokens, listed, drop_unlisted=layout == "objectnet")
     keep = [index for index, token in enumerate(tokens) if token in label_of]
@@ -164,7 +165,7 @@ def _label_files(
     return Source(
         names=[names[index] for index in keep],
         labels=[label_of[tokens[index]] for index in keep],
-        keys=_keys(list(inside), keep),
+        keys=_keys(paths, keep),
         classes=classes,
         content=content,
         dropped=dropped,
@@ -283,7 +284,7 @@ def _keys(paths: Sequence[str], keep: Sequence[int]) -> list[str]:
         name = stem if stem.startswith(folder) else f"{folder}-{stem}"
         key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "image"
         if len(key) > 80 or key in used:  # a plain tar header holds 100 bytes of name
-            key = f"{key[:80]}-{hashlib.sha256(os.fsencode(paths[index])).hexdigest()[:12]}"
+            key = f"{key[:80]}-{hashlib.sha256(f'{index} {name}'.encode(errors='replace')).hexdigest()[:12]}"
         used.add(key)
         keys.append(key)
     return keys

@@ -45,12 +45,14 @@ class ImageError(DataError):
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
     """Return the generator of all augmentation of one sample in one epoch.
 
-    The three numbers share one integer without overlap, so two different triples never start the same generator.
-    Raises ValueError unless 0 <= seed, 0 <= epoch < 2**32 and 0 <= index < 2**64 (`random.Random` ignores signs).
+    The three numbers fill one integer of six 32-bit words without overlap, so two different triples start different
+    generators. Raises ValueError unless 0 <= seed < 2**64, 0 <= epoch < 2**32 and 0 <= index < 2**64.
     """
-    if seed < 0 or not 0 <= epoch < 2**32 or not 0 <= index < 2**64:
-        raise ValueError(f"seed {seed}, epoch {epoch}, index {index}: need seed >= 0, epoch < 2**32, index < 2**64")
-    return random.Random(seed << 96 | epoch << 64 | index)
+    if not (0 <= seed < 2**64 and 0 <= epoch < 2**32 and 0 <= index < 2**64):
+        raise ValueError(f"need 0 <= seed, index < 2**64 and 0 <= epoch < 2**32, got {seed}, {index} and {epoch}")
+    # The leading 1 keeps the number of words fixed. Python's seeding repeats shorter keys and adds each word's position:
+    # without it, (0, 0, 1) and (0, 2**32 - 1, 1) would start the same generator.
+    return random.Random(1 << 160 | seed << 96 | epoch << 64 | index)
 
 
 def decode(data: bytes, *, decoder: str = "torchvision", max_pixels: int = MAX_PIXELS) -> torch.Tensor:

@@ -216,6 +216,8 @@ class _Remote:
             if self._size is not None and self._position >= self._size:
                 return b""
             self._file, self._size = self._connect(self._position)
+        if self._file.seekable():  # memory:// hands one file object to all its readers
+            self._file.seek(self._position)
         part = self._file.read(size)
         if not part and self._size is not None and self._position < self._size:
             raise ConnectionError("connection closed early")

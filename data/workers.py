@@ -11,6 +11,7 @@ each, ignore the signals that a launcher sends to the whole group, and end when 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import mmap
 import multiprocessing
@@ -198,18 +199,25 @@ def _work(
     torch.set_num_threads(1)
     reader = RowReader(spec, streams, status)
     ring = torch.from_numpy(rows)
-    try:
-        while True:
+    # A broken pipe means that the parent closed the stream or is gone: nobody is left to tell.
+    with contextlib.closing(reader), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        answer: Part | DataError | str | None = None
+        while answer is None or isinstance(answer, Part):
             while not connection.poll(PARENT_CHECK):
                 if os.getppid() != parent:
                     return
             epoch, step, slot = connection.recv()
-            connection.send(reader.fill(epoch, step, ring[slot]))
-    except (EOFError, BrokenPipeError, ConnectionResetError, StoppedError):
-        return  # the parent closed the stream, or is gone
+            answer = _answer(reader, epoch, step, ring[slot])
+            connection.send(answer)
+
+
+def _answer(reader: RowReader, epoch: int, step: int, rows: torch.Tensor) -> Part | DataError | str:
+    """Fill a step's rows; a failure comes back as DataError, or as the text of another traceback."""
+    try:
+        return reader.fill(epoch, step, rows)
+    except StoppedError as error:
+        raise BrokenPipeError from error
     except DataError as error:
-        connection.send(DataError(str(error)))
+        return DataError(str(error))  # a plain one: subclasses may not survive being pickled
     except Exception:
-        connection.send(traceback.format_exc())
-    finally:
-        reader.close()
+        return traceback.format_exc()

@@ -82,7 +82,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, D] of images [N, 3, S, S], floating point in [0, 1].
 
-        A tower of one channel (LeNet) averages the three, which leaves grey images as they are, or takes [N, 1, S, S].
+        S is `image_size`; where `any_size`, other sizes are taken too. A tower of one channel (LeNet) averages the three, which leaves grey images as they are, or takes [N, 1, S, S].
         Raises ModelError for another type or shape; values are not looked at.
         """
         if not images.is_floating_point():
@@ -186,7 +186,7 @@ def _local_tower(name: str, folder: Path, weights: bool) -> Tower:
     config, architecture = loaded.metadata.get("clip_config"), loaded.metadata.get("name")
     if isinstance(config, dict):
         return clip_tower(name, config, loaded.metadata, loaded if weights else None)
-    library, _, architecture = str(architecture).rpartition(":")
+    library, _, architecture = str(architecture or "?:").rpartition(":")
     if library not in _LIBRARIES:
         raise ModelError(f"{loaded.file}: its header names no architecture; is it an exported student?")
     return with_weights(_LIBRARIES[library](name, architecture, "", False), name, loaded, weights)

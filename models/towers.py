@@ -139,7 +139,9 @@ def _timm_hub_file(name: str, architecture: str) -> Path:
 def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
     """This project's small net `architecture`; `source` is a file, or empty."""
     if architecture not in SMALL_NETS:
-        elsewhere = [f"{library}:{architecture}" for library, known in _library_models().items() if architecture in known]
+        elsewhere = [
+            f"{library}:{architecture}" for library, known in _library_models().items() if architecture in known
+        ]
         if elsewhere:
             raise ModelError(f"{name}: no small net of this project; did you mean {' or '.join(elsewhere)}?")
         raise unknown(name, "no model is called", architecture, SMALL_NETS, "")
@@ -185,7 +187,9 @@ def with_weights(
         load_into(tower.module, state, loaded.file)
     size = loaded.metadata.get("image_size", tower.image_size)
     if size != tower.image_size and not (tower.any_size and isinstance(size, int) and size > 0):
-        raise ModelError(f"{loaded.file}: made for images of {size!r} pixels, {tower.architecture} takes {tower.image_size}")
+        raise ModelError(
+            f"{loaded.file}: made for images of {size!r} pixels, {tower.architecture} takes {tower.image_size}"
+        )
     return replace(
         tower,
         image_size=size,

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,21 @@ def test_accumulation_does_not_change_the_step(settings: dict[str, Any], tmp_pat
     for a, b in zip(rows(settings["out"]), rows(tmp_path / "pieces"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.timeout(400)
+def test_compiled_run_has_the_losses_of_the_eager_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"steps": 3, "hidden_weight": 0.1, "gram_weight": 0.1}
+    main(Config(**settings))
+    main(Config(**{**settings, "compile": True, "out": str(tmp_path / "compiled")}))
+    for a, b in zip(rows(settings["out"]), rows(tmp_path / "compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_tracker_that_is_not_there_is_an_error_and_not_silence(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--tracker aim: its package is not installed"):
+        main(Config(**{**settings, "tracker": "aim"}))
 
 
 def test_finished_run_started_again_does_nothing(settings: dict[str, Any]) -> None:
@@ -484,6 +500,33 @@ def test_a_stop_signal_saves_and_exits_with_its_code(settings: dict[str, Any], n
     found, _ = newest_checkpoint(Path(settings["out"]) / "checkpoints")
     assert found is not None
     assert f"saved at step {found.step} of 5000" in messages
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(400)
+def test_two_processes_stop_at_the_same_step_and_go_on_as_one(settings: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM to the launcher: one checkpoint; one process continues it; losses are those of an unbroken run."""
+    settings |= {"steps": 40, "workers": 1, "save_every": 1000, "max_bad_fraction": 0.0}
+    whole = settings | {"out": str(tmp_path / "whole")}
+    main(Config(**whole))
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    launcher = [accelerate, "launch", "--quiet", "--config_file", "train/launch/cpu_2_processes.yaml"]
+    command = [*launcher, "train/distill.py", *flags(settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=90)
+    assert process.returncode != 0
+    saved = sorted(p.name for p in (Path(settings["out"]) / "checkpoints").iterdir())
+    assert len(saved) == 1, messages
+    assert saved[0].startswith("step_")
+    assert f"saved at step {newest_step(Path(settings['out']) / 'checkpoints')} of 40" in messages
+    main(Config(**settings))
+    for a, b in zip(rows(whole["out"]), rows(settings["out"]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
 
 @pytest.mark.launch

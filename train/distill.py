@@ -48,7 +48,7 @@ from train.common import (
     run_script,
     step_seed,
 )
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import Agreement, StopSignals, start_accelerator, start_tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -309,10 +309,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         folder.write_config(config)
         folder.write_environment(accelerator)
     if config.tracker != "none":
-        flat = {
-            k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in dataclasses.asdict(config).items()
-        }
-        accelerator.init_trackers("shiftlens", config=flat)
+        start_tracker(accelerator, config)
 
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
     def save(step: int) -> None:

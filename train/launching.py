@@ -7,6 +7,7 @@ imported and before anything is computed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import signal
@@ -14,7 +15,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.common import LaunchError
 
@@ -61,8 +62,11 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
         _wait_for_main_process(seconds=float(environment.get("SHIFTLENS_RENDEZVOUS_SECONDS", 120)))
 
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+    if tracker is not None and tracker not in {str(name) for name in get_available_trackers()}:
+        raise LaunchError(f"--tracker {tracker}: its package is not installed (accelerate would drop it in silence)")
     accelerator = Accelerator(
         cpu=True if world > 1 and not has_gpu else None,  # otherwise accelerate makes each rank a world of its own
         log_with=tracker,
@@ -79,6 +83,26 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
             "launch with `accelerate launch` or torchrun"
         )
     return accelerator
+
+
+def start_tracker(accelerator: Accelerator, config: Any) -> None:
+    """Starts the experiment tracker with the settings as numbers and strings, which every tracker takes.
+
+    Raises:
+        LaunchError: the tracker could not start, for example for want of a network.
+    """
+    settings = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in dataclasses.asdict(config).items()
+    }
+    try:
+        accelerator.init_trackers("shiftlens", config=settings)
+    except Exception as error:  # whatever a tracker's own package raises, the run must not start without it
+        reason = " ".join(str(error).split())[:200]
+        raise LaunchError(
+            f"--tracker {config.tracker} did not start ({type(error).__name__}: {reason}); "
+            "use --tracker none, or the tracker's offline mode (WANDB_MODE=offline)"
+        ) from error
 
 
 def _processes_asked_of_launcher() -> int | None:
