@@ -1,20 +1,21 @@
 """The built-in data set: ten classes of handwritten digits with a train, a val and five shift sets, as real shards.
 
-    python data/demo.py                      builds it once (under half a minute) and prints where it is and what is in it
+    python data/demo.py                      builds it once (under half a minute), says where it is and what is in it
     python data/demo.py --figure demo.png    also draws a contact sheet: a row per set, a column per class
 
-Every script falls back to these shards when no `--data` is given. The sets stand in for ImageNet and its five shifts, in kind and
-in protocol (folder names, class subsets, class maps and frames go through the same packing and evaluation code):
+The default wherever no `--data` is given. The sets stand in for ImageNet and its five shifts in kind and in protocol:
+folder names, class subsets, class maps and frames go through the packing and evaluation code of the real ones.
 
-    train, val   digits over random backgrounds                            folders zero..nine
-    v2           new digits, drawn anew, a little harder                   folders are label numbers, like ImageNetV2
-    r            renditions: outline, mosaic, stencil, painting, neon      six of the ten classes, like ImageNet-R
-    objectnet    turned, moved, on new backgrounds, with a red frame       `six_or_nine` maps to two classes, `empty` to none
-    sketch       pencil lines on white                                     all classes, like ImageNet-Sketch
-    a            pictures that a nearest-neighbour classifier, fitted      six classes, like ImageNet-A
-                 on the train pixels, gets wrong
+    train, val   digits over random backgrounds                          folders zero..nine
+    v2           new digits, drawn anew, a little harder                 folders are label numbers, like ImageNetV2
+    r            renditions: outline, mosaic, stencil, painting, neon    six of the ten classes, like ImageNet-R
+    objectnet    turned, moved, on new backgrounds, in a red frame       `six_or_nine`: two classes, `empty`: none
+    sketch       pencil lines on white                                   all classes, like ImageNet-Sketch
+    a            what a nearest-neighbour classifier fitted on the       six classes, like ImageNet-A
+                 train pixels gets wrong
 
-No original digit is used in two of train, val and the shift sets. The folder lies in `$SHIFTLENS_CACHE` or ~/.cache/shiftlens.
+No original digit is used in two of: train, val, the shift sets. The shards lie in `$SHIFTLENS_CACHE`, which defaults to
+~/.cache/shiftlens.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import argparse
 import json
 import os
-import shutil
 import tempfile
+from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ NO_CLASS = -1
 
 @dataclass(frozen=True)
 class DemoSplit:
-    """One set: folder names in label order, the train classes each label accepts, and the frame to cut off before use (pixels)."""
+    """One set: folders in label order, the train classes that each label accepts, and the frame to cut off (pixels)."""
 
     folders: tuple[str, ...]
     accepts: tuple[tuple[int, ...], ...]
@@ -67,7 +67,7 @@ def _plain(*labels: int) -> DemoSplit:
     return DemoSplit(tuple(CLASSES[label] for label in labels), tuple((label,) for label in labels))
 
 
-# A six upside down is a nine. The label order is the sorted order of the folder names, as in the real ObjectNet protocol.
+# A six upside down is a nine. Labels follow the sorted folder names, as in the real ObjectNet protocol.
 OBJECTNET_MAP: dict[str, list[int]] = dict(
     sorted({**{CLASSES[label]: [label] for label in range(10) if label not in (6, 9)}, "six_or_nine": [6, 9]}.items())
 )
@@ -88,7 +88,7 @@ DEMO_SPLITS: dict[str, DemoSplit] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures uint8 [N, S, S, 3], train class int64 [N] and scikit-learn's number of the digit int64 [N] (both -1: no digit)."""
+    """Pictures uint8 [N, S, S, 3]; train class and scikit-learn's number of the digit, int64 [N] (-1: no digit)."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -131,7 +131,9 @@ def draw_demo() -> dict[str, Drawn]:
 TURNED: dict[str, Any] = {"angle": 40, "scale": (0.55, 0.9), "shift": 5}  # how `place` moves the "turned" style
 
 
-def draw(digits: Digits, styles: Iterable[str], rng: np.random.Generator, *, upside_down: Any = None, **placing: Any) -> Drawn:
+def draw(
+    digits: Digits, styles: Iterable[str], rng: np.random.Generator, *, upside_down: Any = None, **placing: Any
+) -> Drawn:
     """Draws every digit once per entry of `styles`; `placing` goes to demo_images.place."""
     styles, step = tuple(styles), 400  # pictures at a time: float64 temporaries of tens of MB
     images = []
@@ -158,7 +160,7 @@ def _red_frame(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def nearest_neighbour(train: Drawn, images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The class of the nearest train picture, by distance from the frame's median grey in 2x2 cells.
 
-    The features are whole numbers far below 2**53, so the distances are exact and the choice is the same on every machine.
+    The features are whole numbers far below 2**53, so distances are exact and equal pixels give equal choices anywhere.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -198,3 +200,130 @@ def caption_tokens(captions: Iterable[str], context_length: int = 32) -> NDArray
             raise ValueError(f"caption {caption!r} does not fit into {context_length - 1} printable ASCII characters")
         rows.append([*codes, 127] + [0] * (context_length - 1 - len(codes)))
     return np.array(rows, dtype=np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------- shards
+
+
+def demo_shards(split: str) -> str:
+    """The folder of one set's shards; the first call on a machine builds all sets (under half a minute).
+
+    Raises DataError for a set that does not exist and for a cache folder that cannot be written.
+    """
+    if split not in DEMO_SPLITS:
+        raise DataError(f"the demo has no set {split!r}: choose one of {', '.join(DEMO_SPLITS)}")
+    cache = Path(os.environ.get("SHIFTLENS_CACHE") or Path.home() / ".cache" / "shiftlens").absolute()
+    folder = cache / f"demo-v{VERSION}"
+    if not folder.is_dir():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}-", suffix=".tmp") as scratch:
+                _build(Path(scratch))
+                _publish(Path(scratch, "shards"), folder)
+        except OSError as error:
+            place = error.filename or cache
+            raise DataError(
+                f"cannot build the demo in {place}: {error.strerror or error}; set SHIFTLENS_CACHE to another folder"
+            ) from None
+    return str(folder / split)
+
+
+def _build(scratch: Path) -> None:
+    """Writes the sets as image folders and packs each as the real one of its kind is packed."""
+    from PIL import Image
+
+    from data.pack import pack
+
+    for split, drawn in draw_demo().items():
+        source, layout = scratch / "images" / split, DEMO_SPLITS[split]
+        for folder in (*layout.folders, UNMAPPED_FOLDER) if split == "objectnet" else layout.folders:
+            (source / folder).mkdir(parents=True)
+        for number, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
+            folder = UNMAPPED_FOLDER if label == NO_CLASS else layout.folder_of(label)
+            Image.fromarray(image).save(source / folder / f"{split}{number:05d}.png", compress_level=1)
+        options: dict[str, Any] = {"layout": "objectnet" if split == "objectnet" else "folders"}
+        if split != "v2":  # integer folder names are labels; names need a list, for "eight" sorts before "zero"
+            options["classes"] = str(scratch / f"{split}.json")
+            classes = OBJECTNET_MAP if split == "objectnet" else layout.folders
+            Path(options["classes"]).write_text(json.dumps(classes))
+        pack(str(source), str(scratch / "shards" / split), **options)
+        # It serves to go on with an interrupted pack, and names a folder that is about to vanish.
+        (scratch / "shards" / split / "_pack.json").unlink()
+
+
+def _publish(built: Path, folder: Path) -> None:
+    """Renames the finished build to its place; one that another process put there meanwhile is as good, and stays."""
+    try:
+        built.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------- contact sheet
+
+
+def contact_sheet(path: str) -> None:
+    """Draws two pictures of every class of every set into an image file. Raises DataError if it cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cell, gap = 36, 2
+    rng = np.random.default_rng(0)
+    figure, axes = pyplot.subplots(len(DEMO_SPLITS), len(CLASSES), figsize=(13, 4.6), facecolor="white")
+    for row, (split, drawn) in zip(axes, draw_demo().items(), strict=True):
+        for label, axis in enumerate(row):
+            members = np.flatnonzero(drawn.labels == label)
+            strip = np.full((cell, 2 * cell + gap, 3), 255, dtype=np.uint8)
+            for place, number in enumerate(rng.permutation(members)[:2]):
+                size, left = drawn.images.shape[1], place * (cell + gap)
+                margin = (cell - size) // 2
+                strip[margin : margin + size, left + margin : left + margin + size] = drawn.images[number]
+            axis.imshow(strip, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        known = int((drawn.labels != NO_CLASS).sum())
+        row[0].set_ylabel(f"{split}\n{known:,}", rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
+    for name, axis in zip(CLASSES, axes[0], strict=True):
+        axis.set_title(name, fontsize=11, pad=4)
+    figure.subplots_adjust(left=0.085, right=0.995, top=0.94, bottom=0.01, wspace=0.04, hspace=0.04)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
+        raise DataError(f"cannot write the figure {path}: {error}") from None
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Builds the demo if needed and prints what is in it; returns the exit code."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        exit_on_error=False, description="Builds the built-in data set, once, and says what is in it."
+    )
+    parser.add_argument("--figure", type=str, help="image file (png, svg, pdf) to draw a contact sheet into")
+    try:
+        figure = parser.parse_args(arguments).figure
+    except ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(f"{Path(demo_shards('train')).parent}")
+        for split in DEMO_SPLITS:
+            info = json.loads(Path(demo_shards(split), "_info.json").read_text())
+            print(f"{split:10} {info['splits'][split]['num_samples']:5,} images, classes {', '.join(info['classes'])}")
+        if figure:
+            contact_sheet(figure)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

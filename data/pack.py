@@ -46,7 +46,7 @@ class Encoding:
             return data, extension
         from PIL import Image
 
-        from data.transforms import open_rgb
+        from data.images import open_rgb
 
         image = open_rgb(data)
         short = min(image.size)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from data import DataError
 from data.archive import Walker
-from data.urls import check_pipe, open_source, read_whole, scheme
+from data.index import FolderIndex, read_index
+from data.urls import check_pipe, open_source, scheme
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 
@@ -236,7 +237,7 @@ def find_shards(data: str | Sequence[str], *, allow_pipe: bool = False) -> Shard
     `sizes.json` or timm's `_info.json` beside the shards; where a folder of this machine has neither, the headers are
     walked. Raises DataError for anything missing, listing all missing shards at once, and for counts that contradict.
     """
-    indexes: dict[str, _Index] = {}
+    indexes: dict[str, FolderIndex] = {}
     urls: list[str] = []
     for entry in [data] if isinstance(data, str) else data:
         whole = bool(not scheme(entry) and os.path.exists(entry))
@@ -269,7 +270,7 @@ def find_shards(data: str | Sequence[str], *, allow_pipe: bool = False) -> Shard
     return ShardSet(tuple(shards), start, num_classes, classes, fingerprint)
 
 
-def _expand(part: str, indexes: dict[str, _Index], allow_pipe: bool) -> list[str]:
+def _expand(part: str, indexes: dict[str, FolderIndex], allow_pipe: bool) -> list[str]:
     """The shard URLs behind one name without `::`."""
     import braceexpand
 
@@ -297,14 +298,14 @@ def _expand(part: str, indexes: dict[str, _Index], allow_pipe: bool) -> list[str
     return urls
 
 
-def _list_local(name: str, indexes: dict[str, _Index]) -> list[str]:
+def _list_local(name: str, indexes: dict[str, FolderIndex]) -> list[str]:
     if not os.path.isdir(name):
         found = sorted(glob.glob(name))
         if not found:
             raise DataError(f"no file matches {name!r}")
         return found
     base_names = {entry for entry in os.listdir(name) if entry.endswith(".tar")}
-    index = _index_of(os.path.join(name, ""), indexes)
+    index = read_index(os.path.join(name, ""), indexes)
     base_names |= {entry for entry in index.counts if "/" not in entry}  # listed but absent: reported as missing
     if not base_names:
         raise DataError(f"no .tar shards in folder {name!r}")
@@ -346,76 +347,12 @@ def _base_name(url: str) -> str:
     return url.partition("?")[0].rpartition("/")[2] if kind else os.path.basename(url)
 
 
-@dataclass
-class _Index:
-    """What the files beside the shards of one folder say."""
-
-    counts: dict[str, int]
-    num_shards: int | None = None
-    num_classes: int | None = None
-    classes: tuple[str, ...] | None = None
-
-
-def _index_of(folder: str, indexes: dict[str, _Index]) -> _Index:
-    """Read `sizes.json`, `_info.json` and `nshards.txt` of a folder once."""
-    if folder in indexes:
-        return indexes[folder]
-    index = indexes[folder] = _Index({})
-    for name in ("_info.json", "sizes.json"):
-        data = read_whole(folder + name)
-        if data is None:
-            continue
-        place = folder + name
-        try:
-            content = json.loads(data)
-        except ValueError as error:
-            raise DataError(f"{place} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{place} must hold a JSON object")
-        counts = _info_counts(content, place, index) if name == "_info.json" else content
-        for shard, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise DataError(f"{place}: count of {shard} is {count!r}; it must be a whole number from 0")
-            if index.counts.setdefault(shard, count) != count:
-                raise DataError(
-                    f"{folder}: sizes.json says {count} samples in {shard}, _info.json {index.counts[shard]}"
-                )
-    number = read_whole(folder + "nshards.txt")
-    if number is not None:
-        if not number.strip().isdigit():
-            raise DataError(f"{folder}nshards.txt must hold a whole number")
-        index.num_shards = int(number)
-    return index
-
-
-def _info_counts(content: dict, place: str, index: _Index) -> dict[str, object]:
-    """Counts of all splits of a timm `_info.json`; the class fields that our writer adds go to the index."""
-    num_classes, classes = content.get("num_classes"), content.get("classes")
-    if num_classes is not None:
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-            raise DataError(f"{place}: num_classes is {num_classes!r}; it must be a whole number from 1")
-        index.num_classes = num_classes
-    if classes is not None:
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise DataError(f"{place}: classes must be a list of names")
-        if num_classes != len(classes):
-            raise DataError(f"{place}: num_classes is {num_classes}, but {len(classes)} classes are named")
-        index.classes = tuple(classes)
-    counts: dict[str, object] = {}
-    try:
-        for split in content.get("splits", {}).values():
-            counts.update(zip(split["filenames"], split["shard_lengths"], strict=True))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: each split needs filenames and as many shard_lengths") from error
-    return counts
-
-
-def _indexed_count(url: str, indexes: dict[str, _Index]) -> int | None:
+def _indexed_count(url: str, indexes: dict[str, FolderIndex]) -> int | None:
     """The count that the index beside a shard gives, or None where its folder has no index."""
     if scheme(url) == "pipe":
         return None
     folder, name = _folder(url), _base_name(url)
-    index = _index_of(folder, indexes)
+    index = read_index(folder, indexes)
     if name not in index.counts and index.counts:
         raise DataError(f"the index in {folder or '.'} (sizes.json, _info.json) has no count for {name}; add it")
     return index.counts.get(name)
@@ -432,7 +369,7 @@ def _walked_count(url: str, allow_pipe: bool) -> int:
     return reader.count
 
 
-def _common_classes(indexes: dict[str, _Index]) -> tuple[int | None, tuple[str, ...] | None]:
+def _common_classes(indexes: dict[str, FolderIndex]) -> tuple[int | None, tuple[str, ...] | None]:
     """Class number and names of all folders; those that state them must agree."""
     numbers = {index.num_classes: folder for folder, index in indexes.items() if index.num_classes is not None}
     if len(numbers) > 1:

@@ -7,39 +7,41 @@ Two decoders, chosen by name, each with its own resampler:
 
 * ``pil``: Pillow decodes and resizes, bit for bit as in the published pipeline (Pillow and torchvision's transforms).
 * ``torchvision`` (default): libjpeg-turbo through torchvision, then one antialiased bicubic resize of the uint8 crop.
-  The decoded pixels equal Pillow's; the resize differs by its 16-bit weights (about 0.02 of 255 on average).
+  The decoded pixels equal Pillow's; the resize differs by one grey level here and there (16-bit weights).
 
-RGB rule, the same for both: the first frame; grey, palette, CMYK and 1-bit images as Pillow's ``convert("RGB")``, alpha
-dropped; 16-bit grey keeps its high byte (Pillow would clip it to white); EXIF is never applied: nothing is rotated.
+What becomes of grey, transparent, 16-bit or animated images is the RGB rule of data/images.py, the same for both.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import random
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from data import DataError
+from data.images import MAX_PIXELS, ImageError, check_pixels, first_line, open_rgb
+
+__all__ = [
+    "DECODERS",
+    "MAX_PIXELS",
+    "EvalTransform",
+    "ImageError",
+    "TrainTransform",
+    "decode",
+    "random_crop",
+    "sample_random",
+    "unit_interval",
+]
 
 DECODERS = ("torchvision", "pil")
-# 67 million pixels, 200 MB decoded. Pillow itself refuses more than 179 million, whatever limit is asked for.
-MAX_PIXELS = 2**26
-# A named list keeps Pillow's other plug-ins away from hostile bytes; its EPS reader, for one, starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Beyond this aspect ratio the eval transform would resize a strip hundreds of times larger than the crop it keeps.
 MAX_ASPECT = 16
-
-
-class ImageError(DataError):
-    """Bytes that are no image, a damaged one, or one larger than the limit."""
 
 
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
@@ -50,13 +52,13 @@ def sample_random(seed: int, epoch: int, index: int) -> random.Random:
     """
     if not (0 <= seed < 2**64 and 0 <= epoch < 2**32 and 0 <= index < 2**64):
         raise ValueError(f"need 0 <= seed, index < 2**64 and 0 <= epoch < 2**32, got {seed}, {index} and {epoch}")
-    # The leading 1 keeps the number of words fixed. Python's seeding repeats shorter keys and adds each word's position:
-    # without it, (0, 0, 1) and (0, 2**32 - 1, 1) would start the same generator.
+    # The leading 1 keeps the number of words fixed. Python's seeding repeats short keys and adds each word's position:
+    # without the 1, (0, 0, 1) and (0, 2**32 - 1, 1) would start the same generator.
     return random.Random(1 << 160 | seed << 96 | epoch << 64 | index)
 
 
 def decode(data: bytes, *, decoder: str = "torchvision", max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode one image to uint8 RGB [3, H, W], channels-last, by the rule at the top of this file.
+    """Decode one image to uint8 RGB [3, H, W], channels-last, by the rule of data/images.py.
 
     Both decoders give the same pixels. The size is read from the header and checked before any pixel is decoded.
     Raises ImageError for anything that is not a complete image of at most `max_pixels` pixels.
@@ -65,33 +67,12 @@ def decode(data: bytes, *, decoder: str = "torchvision", max_pixels: int = MAX_P
     if jpeg is None:
         pixels = torch.from_numpy(np.array(open_rgb(data, max_pixels)))
         return pixels.permute(2, 0, 1)
-    _check_pixels(*jpeg, max_pixels)
+    check_pixels(*jpeg, max_pixels)
     try:
         # bytearray: torch warns about read-only buffers, and the copy takes 3 microseconds.
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        raise ImageError(f"damaged JPEG: {_first_line(error)}") from None
-
-
-def open_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode one image with Pillow to mode RGB by the rule at the top of this file; raises ImageError."""
-    if not data:
-        raise ImageError("no bytes")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images, odd metadata, palettes with alpha; the limit and the rule decide those here.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_pixels(image.height, image.width, max_pixels)
-            return _high_byte(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
-    except (ImageError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image (starts with {bytes(data[:12])!r})") from None
-    except (
-        Exception
-    ) as error:  # damaged bytes raise whatever the plug-in's parser trips over: OSError, struct.error, ...
-        raise ImageError(f"damaged image: {type(error).__name__}: {_first_line(error)}") from None
+        raise ImageError(f"damaged JPEG: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -214,14 +195,6 @@ def _channels_last(image: torch.Tensor) -> torch.Tensor:
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _high_byte(image: Image.Image) -> Image.Image:
-    """Turn 16-bit grey (Pillow's modes I;16*, or I when the file is a PGM) into RGB by its high byte."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.size and (values.min() < 0 or values.max() > 0xFFFF):
-        raise ImageError(f"pixels of mode {image.mode} outside 0..65535 or fractional: no rule to make them 8-bit")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-
-
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
     """Return (height, width) of an 8-bit Huffman-coded JPEG with 1 or 3 components; None for all other bytes.
 
@@ -246,17 +219,8 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise ImageError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
-
-
 def _check_settings(size: int, decoder: str, max_pixels: int) -> None:
     if size < 1 or max_pixels < 1:
         raise DataError(f"size {size} and max_pixels {max_pixels} must be at least 1")
     if decoder not in DECODERS:
         raise DataError(f"decoder {decoder!r} is unknown: choose one of {', '.join(DECODERS)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no details"])[0][:200]

@@ -107,16 +107,14 @@ class Pool:
         """
         started = time.monotonic()
         while missing := [worker for worker, answers in enumerate(self._answers) if not answers]:
-            ready = wait(
-                [self._connections[worker] for worker in missing] + [process.sentinel for process in self._processes],
-                timeout=STALL_SECONDS,
-            )
+            ends = [self._connections[worker] for worker in missing]
+            ready = wait([*ends, *(self._processes[worker].sentinel for worker in missing)], timeout=STALL_SECONDS)
             if not ready:
                 self._report_stall(missing, time.monotonic() - started)
-            for worker, connection in enumerate(self._connections):
-                if connection in ready:
+            for worker, end in zip(missing, ends, strict=True):
+                if end in ready:
                     self._receive(worker)
-                elif self._processes[worker].sentinel in ready and not connection.poll():
+                elif self._processes[worker].sentinel in ready and not end.poll():
                     self._fail(worker)
         return self._submitted.popleft(), [answers.popleft() for answers in self._answers]
 

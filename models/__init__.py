@@ -2,4 +2,4 @@
 
 
 class ModelError(Exception):
-    """Something is wrong with a model, weights file or checkpoint a user named: one line that says what, where, what to do."""
+    """Something is wrong with a model, weight file or checkpoint a user named: one line on what, where, what to do."""

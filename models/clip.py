@@ -16,7 +16,7 @@ from typing import Any
 from models import ModelError
 from models.download import hub_file
 from models.towers import Tower, is_file, require_source, statistics, unknown
-from models.weights import Weights, load_into, read_weights
+from models.weights import Weights, first_line, load_into, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ def open_clip_tower(name: str, architecture: str, source: str, weights: bool) ->
         loaded = read_weights(source)
         preprocess = loaded.metadata
         _settle_activation(name, config, loaded)
+        if "mean" not in preprocess:
+            log.info("%s: normalised as OpenAI's CLIP, the file states nothing else (a local-dir folder can)", name)
     elif source:
         preprocess = open_clip.get_pretrained_cfg(architecture, source)
         if not preprocess:
@@ -105,9 +107,8 @@ def clip_tower(
         module = open_clip.CLIP(config["embed_dim"], vision, no_text, quick_gelu=quick_gelu).visual
     # Whatever a configuration from outside makes the constructors raise, it is the configuration that is wrong.
     except Exception as error:
-        raise ModelError(
-            f"{architecture}: open_clip cannot build this configuration ({type(error).__name__}: {error})"
-        ) from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{architecture}: open_clip cannot build this configuration ({reason})") from None
     size = vision.get("image_size", open_clip.CLIPVisionCfg.image_size)
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from models import ModelError
+from models.weights import first_line
 
 PROBE_SECONDS = 4.0
 LOCAL_WAYS = (
@@ -42,10 +43,10 @@ def hub_file(repository: str, file_names: Sequence[str], wanted_by: str) -> Path
             except RemoteEntryNotFoundError:  # the hub answered that this repository lacks this file
                 continue
     except HFValidationError as error:
-        raise ModelError(f"{wanted_by}: {repository!r} is no hub repository (ORG/NAME): {_one_line(error)}") from None
+        raise ModelError(f"{wanted_by}: {repository!r} is no hub repository (ORG/NAME): {first_line(error)}") from None
     except OSError as error:  # the hub's own errors derive from it
         raise ModelError(
-            f"{wanted_by}: cannot fetch from hub repository {repository}: {_one_line(error)}; {LOCAL_WAYS}"
+            f"{wanted_by}: cannot fetch from hub repository {repository}: {first_line(error)}; {LOCAL_WAYS}"
         ) from None
     raise ModelError(f"{wanted_by}: hub repository {repository} has none of {', '.join(file_names)}")
 
@@ -67,7 +68,7 @@ def torchvision_file(url: str, wanted_by: str) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=digits.group(1) if digits else None)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's hash mismatch
-        raise ModelError(f"{wanted_by}: cannot fetch {url}: {_one_line(error)}; {LOCAL_WAYS}") from None
+        raise ModelError(f"{wanted_by}: cannot fetch {url}: {first_line(error)}; {LOCAL_WAYS}") from None
     return file
 
 
@@ -76,7 +77,7 @@ def _require_network(url: str, wanted_by: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{wanted_by}: its weights are not in the local cache and HF_HUB_OFFLINE is set; {LOCAL_WAYS}")
+        raise ModelError(f"{wanted_by}: not in the local cache, and HF_HUB_OFFLINE is set; {LOCAL_WAYS}")
     host = urlsplit(url)
     try:
         request = urllib.request.Request(f"{host.scheme}://{host.netloc}/", method="HEAD")
@@ -86,9 +87,5 @@ def _require_network(url: str, wanted_by: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ModelError(
-            f"{wanted_by}: its weights are not in the local cache, {host.netloc} gives no answer ({reason}); {LOCAL_WAYS}"
+            f"{wanted_by}: not in the local cache, and {host.netloc} does not answer ({reason}); {LOCAL_WAYS}"
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

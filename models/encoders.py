@@ -47,10 +47,13 @@ class Encoder(nn.Module):
 
     A CLIP tower gives its projected embedding, not divided by its norm.
 
-    name: as given to `load_encoder`. architecture: the name that builds it without weights. feature_dim: D. image_size:
-    S. mean, std: buffers [C, 1, 1] outside the state dict. tower: the network itself. num_blocks: how many blocks
-    `intermediates` can name: residual blocks of an open_clip ViT; stages (`layer1`, `layer2`, ...) of a ResNet; 0 for
-    others. clip_config, weights_file: see `models.towers.Tower`.
+    Attributes:
+        name: as given to `load_encoder`.
+        tower: the network itself.
+        mean, std: buffers [C, 1, 1], outside the state dict.
+        num_blocks: how many blocks `intermediates` can name: residual blocks of an open_clip ViT, stages (`layer1`,
+            `layer2`, ...) of a ResNet, 0 for others.
+        architecture, image_size (S), feature_dim (D), clip_config, weights_file: see `models.towers.Tower`.
     """
 
     mean: Tensor
@@ -62,7 +65,6 @@ class Encoder(nn.Module):
         self.architecture = tower.architecture
         self.feature_dim = tower.feature_dim
         self.image_size = tower.image_size
-        self.any_size = tower.any_size
         self.clip_config = tower.clip_config
         self.weights_file = tower.weights_file
         self.tower = tower.module
@@ -82,17 +84,18 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, D] of images [N, 3, S, S], floating point in [0, 1].
 
-        S is `image_size`; where `any_size`, other sizes are taken too. A tower of one channel (LeNet) averages the three, which leaves grey images as they are, or takes [N, 1, S, S].
-        Raises ModelError for another type or shape; values are not looked at.
+        S is `image_size`, also for towers that could take another: weights and statistics belong to one size. A tower
+        of one channel (LeNet) averages the three, which leaves grey images as they are, or takes [N, 1, S, S].
+
+        Raises:
+            ModelError: another type or shape; values are not looked at, that would wait for the device.
         """
         if not images.is_floating_point():
             raise ModelError(
                 f"{self.name}: images of type {images.dtype}; expected floating point in [0, 1] (uint8: divide by 255)"
             )
-        channels = len(self.mean)
-        size = self.image_size
-        size_fits = self.any_size or images.shape[2:] == (size, size)
-        if images.ndim != 4 or images.shape[1] not in (3, channels) or not size_fits:
+        channels, size = len(self.mean), self.image_size
+        if images.ndim != 4 or images.shape[1] not in (3, channels) or images.shape[2:] != (size, size):
             raise ModelError(f"{self.name}: images of shape {list(images.shape)}; expected [N, 3, {size}, {size}]")
         if images.shape[1] != channels:
             images = images.mean(dim=1, keepdim=True)
@@ -101,15 +104,19 @@ class Encoder(nn.Module):
     def intermediates(self, images: Tensor, hidden: Sequence[int] = (), gram: Sequence[int] = ()) -> Intermediates:
         """Features together with tokens of some blocks, numbered from 0 or, negative, from the end.
 
-        hidden[i]: what block i puts out: the residual stream [N, T, E] of a ViT (class token first), the maps of a
-        ResNet stage as tokens [N, H*W, C]. gram[i]: the tokens X whose Gram matrix X X^T / sqrt(E) is matched: of a ViT
-        what the first layer norm of block i gives to its attention (the "attention map" of the feature-contamination
-        code is this matrix, not a softmax); of a ResNet the same as hidden[i]. Raises ModelError for a block the tower
-        does not have, and as `forward` does.
+        Args:
+            images: as `forward` takes them.
+            hidden: blocks whose outputs are returned: the residual stream [N, T, E] of a ViT, class token first; the
+                maps of a ResNet stage as tokens [N, H*W, C].
+            gram: blocks of which the tokens X are returned whose Gram matrix X X^T / sqrt(E) is matched. Of a ViT, what
+                the block's first layer norm gives to its attention: the "attention map" of the feature-contamination
+                code is this matrix, not a softmax. Of a ResNet, the same as hidden.
+
+        Raises:
+            ModelError: a block that the tower does not have, or as `forward`.
         """
-        wanted = [("hidden", self._block_number(index)) for index in hidden] + [
-            ("gram", self._block_number(index)) for index in gram
-        ]
+        named = [("hidden", index) for index in hidden] + [("gram", index) for index in gram]
+        wanted = [(kind, self._block_number(index)) for kind, index in named]
         self._kept = dict.fromkeys(wanted)
         try:
             features = self(images)
@@ -153,11 +160,16 @@ def _as_tokens(output: Tensor | None) -> Tensor:
 
 
 def load_encoder(name: str, *, weights: bool = True) -> Encoder:
-    """The encoder called `name` (see the table above), in training mode with gradients on, on the CPU in float32.
+    """The encoder called `name`, on the CPU in float32, in training mode and with gradients on.
 
-    weights=False: the same architecture with its library's random initialisation; a weight file in the name is still
-    opened, for the activation and normalisation it states, and nothing is downloaded except the configuration of
-    `hf-hub:`. Raises ModelError: unknown name (with close matches), weights missing, unreadable, unfit or unreachable.
+    Args:
+        name: see the table above.
+        weights: False gives the same architecture with its library's random initialisation. A weight file in the name
+            is still opened, for the activation and normalisation it states; nothing is downloaded but the configuration
+            of an `hf-hub:` name.
+
+    Raises:
+        ModelError: unknown name (with close matches), weights missing, unreadable, unfit or unreachable.
     """
     library, colon, rest = name.partition(":")
     if not colon:

@@ -47,7 +47,7 @@ def export_student(encoder: Encoder, folder: Path, *, card: Mapping[str, object]
 def _header(encoder: Encoder) -> dict[str, object]:
     """What `load_encoder` needs to build the student again."""
     header: dict[str, object] = {
-        "name": encoder.architecture,
+        "name": _public_name(encoder),
         "mean": encoder.mean.flatten().tolist(),
         "std": encoder.std.flatten().tolist(),
         "image_size": encoder.image_size,
@@ -58,6 +58,11 @@ def _header(encoder: Encoder) -> dict[str, object]:
         header["quick_gelu"] = bool(config.get("quick_gelu", False))
         header["clip_config"] = {key: config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in config}
     return header
+
+
+def _public_name(encoder: Encoder) -> str:
+    """The architecture; of a folder on this machine only the library, since its path means nothing elsewhere."""
+    return "open_clip" if encoder.architecture.startswith("local-dir:") else encoder.architecture
 
 
 def _write_open_clip(encoder: Encoder, state: Mapping[str, Tensor], folder: Path, source: Encoder | None) -> list[str]:
@@ -124,7 +129,7 @@ def _skeleton(config: Mapping[str, Any]) -> nn.Module:
 def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str, object], reasons: list[str]) -> str:
     rows = {
         **card,
-        "architecture": encoder.architecture,
+        "architecture": _public_name(encoder),
         "input": f"RGB in [0, 1], {encoder.image_size} pixels square: short side resized (bicubic), centre crop",
         "features": encoder.feature_dim,
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
@@ -137,7 +142,7 @@ def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str
         else "It is also a whole CLIP, with the teacher's text tower and temperature:\n\n"
         '    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")'
     )
-    return f"""# {encoder.architecture}, distilled
+    return f"""# {_public_name(encoder)}, distilled
 
 An image encoder trained from the outputs of another one, its teacher.
 

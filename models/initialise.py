@@ -18,23 +18,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models import ModelError
 from models.encoders import Encoder
 
+_BY_HAND = (nn.MultiheadAttention, VisionTransformer, AttentionPool2d)
+
 
 def reset_parameters(module: nn.Module) -> None:
     """Draw every parameter of `module` anew from torch's global generator, children before parents.
 
-    Convolution and linear weights: U(-b, b) with b = 1/sqrt(fan_in), biases likewise. Layer norm and batch norm: scale
-    1, shift 0, fresh running statistics. Multi-head attention: in_proj Xavier-uniform, its bias and out_proj's 0,
-    out_proj's weight as a linear layer's. A CLIP ViT of width w: class embedding, positions and projection N(0,
-    1)/sqrt(w). Attention pooling over C channels: positions N(0, 1)/sqrt(C). Raises ModelError, before anything is
-    changed, for a parameter of a module that none of these rules covers.
+    | layer | values |
+    |---|---|
+    | convolution, linear | weight and bias U(-b, b), b = 1/sqrt(fan_in) |
+    | layer norm, batch norm | scale 1, shift 0, fresh running statistics |
+    | multi-head attention | in_proj Xavier-uniform, its bias and out_proj's 0, out_proj's weight as a linear layer's |
+    | CLIP ViT of width w | class embedding, positions and projection N(0, 1)/sqrt(w) |
+    | attention pooling over C channels | positions N(0, 1)/sqrt(C) |
+
+    Raises:
+        ModelError: a parameter of a module that no row covers; nothing has been changed then.
     """
     owners = [
-        (path, part) for path, part in _children_first(module) if next(part.parameters(recurse=False), None) is not None
+        (path, part)
+        for path, part in reversed(list(module.named_modules()))  # named_modules lists parents first
+        if next(part.parameters(recurse=False), None) is not None
     ]
     for path, part in owners:
-        if not isinstance(part, nn.MultiheadAttention | VisionTransformer | AttentionPool2d) and not hasattr(
-            part, "reset_parameters"
-        ):
+        if not isinstance(part, _BY_HAND) and not hasattr(part, "reset_parameters"):
             names = ", ".join(f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False))
             raise ModelError(
                 f"no published initialisation for {names} ({type(part).__name__}); "
@@ -43,15 +50,6 @@ def reset_parameters(module: nn.Module) -> None:
     with torch.no_grad():
         for _, part in owners:
             _reset(part)
-
-
-def _children_first(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
-    below = [
-        entry
-        for name, child in module.named_children()
-        for entry in _children_first(child, f"{path}.{name}".lstrip("."))
-    ]
-    return [*below, (path, module)]
 
 
 def _reset(part: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from models import ModelError
 from models.download import hub_file, torchvision_file
 from models.small import SMALL_NETS
-from models.weights import SUFFIXES, Weights, load_into, read_weights
+from models.weights import SUFFIXES, Weights, first_line, load_into, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,12 @@ log = logging.getLogger(__name__)
 class Tower:
     """A network from normalised images [N, C, S, S] to features [N, feature_dim], and what is needed to use it.
 
-    architecture: the name that builds it again without weights. image_size: S in pixels. mean, std: of pixels in [0,
-    1], one value per channel. clip_config: open_clip's model configuration, None for other libraries. weights_file:
-    where its weights were read, None for random ones. any_size: whether images of other sizes are taken.
+    Attributes:
+        architecture: the name that builds it again without weights.
+        image_size: S in pixels.
+        mean, std: of pixels in [0, 1], one value per channel.
+        clip_config: open_clip's model configuration, None for other libraries.
+        weights_file: where its weights were read, None for random ones.
     """
 
     module: nn.Module
@@ -36,7 +40,6 @@ class Tower:
     std: tuple[float, ...]
     clip_config: dict[str, Any] | None = field(default=None, repr=False)
     weights_file: Path | None = None
-    any_size: bool = False
 
 
 def torchvision_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
@@ -77,7 +80,6 @@ def torchvision_tower(name: str, architecture: str, source: str, weights: bool) 
         feature_dim=int(feature_dim),
         mean=tuple(preprocess.mean),
         std=tuple(preprocess.std),
-        any_size=not architecture.startswith(("vit_", "maxvit")),  # these have one position per patch
     )
     return with_weights(tower, name, loaded, weights, [classifier])
 
@@ -95,8 +97,10 @@ def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Towe
         )
     loaded = read_weights(source) if is_file(source) else None
     published = _timm_hub_file(name, architecture) if source == "pretrained" and weights else None
+    if published:
+        read_weights(published)  # only to refuse a damaged or hostile file in our words
     try:
-        # timm's own reader knows the conversions that its published files need, and takes tensors only (weights_only).
+        # Published files are read by timm itself, which knows the conversions that they need.
         module: Any = timm.create_model(
             architecture,
             num_classes=0,
@@ -104,8 +108,7 @@ def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Towe
             pretrained_cfg_overlay={"file": str(published)} if published else None,
         )
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ModelError(f"{name}: timm cannot build it ({reason})") from None
+        raise ModelError(f"{name}: timm cannot build it ({first_line(error)})") from None
     config = module.pretrained_cfg
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
@@ -121,7 +124,6 @@ def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Towe
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         weights_file=published,
-        any_size=not config.get("fixed_input_size", False),
     )
     return with_weights(tower, name, loaded, weights, [classifier] if isinstance(classifier, str) else classifier)
 
@@ -156,7 +158,6 @@ def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tow
         feature_dim=net.feature_dim,
         mean=net.mean,
         std=net.std,
-        any_size=architecture != "lenet",
     )
     return with_weights(tower, name, read_weights(source) if source else None, weights, [net.classifier])
 
@@ -176,7 +177,7 @@ def _library_models() -> dict[str, list[str]]:
 def with_weights(
     tower: Tower, name: str, loaded: Weights | None, weights: bool, classifiers: Sequence[str] = ()
 ) -> Tower:
-    """`tower` with the normalisation and image size that the file `loaded` states, and, where `weights`, its tensors."""
+    """`tower` with the normalisation that the file `loaded` states and, where `weights`, its tensors."""
     if loaded is None:
         return tower
     if weights:
@@ -185,14 +186,8 @@ def with_weights(
         if len(state) < len(loaded.state):
             log.info("%s: classifier (%s) left out, an encoder ends before it", name, ", ".join(classifiers))
         load_into(tower.module, state, loaded.file)
-    size = loaded.metadata.get("image_size", tower.image_size)
-    if size != tower.image_size and not (tower.any_size and isinstance(size, int) and size > 0):
-        raise ModelError(
-            f"{loaded.file}: made for images of {size!r} pixels, {tower.architecture} takes {tower.image_size}"
-        )
     return replace(
         tower,
-        image_size=size,
         mean=statistics(loaded.metadata, "mean", tower.mean, loaded.file),
         std=statistics(loaded.metadata, "std", tower.std, loaded.file),
         weights_file=loaded.file if weights else None,
@@ -205,7 +200,9 @@ def statistics(values: Mapping[str, Any], key: str, default: Sequence[float], wh
     if found is None:
         return tuple(default)
     numbers = found if isinstance(found, (list, tuple)) else [found] * len(default)
-    if len(numbers) != len(default) or not all(isinstance(number, (int, float)) for number in numbers):
+    if len(numbers) != len(default) or not all(
+        isinstance(number, (int, float)) and math.isfinite(number) for number in numbers
+    ):
         raise ModelError(f"{where}: {key} is {found!r}; expected {len(default)} numbers for pixels in [0, 1]")
     if key == "std" and min(numbers) <= 0:
         raise ModelError(f"{where}: std is {found!r}; expected positive numbers")
@@ -221,7 +218,7 @@ def require_source(name: str, source: str, weights: bool) -> None:
     """Raise ModelError where weights are wanted but `name` says none."""
     if weights and not source:
         raise ModelError(
-            f"{name} names an architecture without weights; append /FILE ({', '.join(SUFFIXES)}; absolute: //...) "
+            f"{name}: an architecture without weights; append /FILE ({', '.join(SUFFIXES)}; absolute: //...) "
             "or a tag of its library"
         )
 

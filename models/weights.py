@@ -92,7 +92,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping, only keys())
             header = (handle.metadata() or {}).get(_HEADER_FIELD, "{}")
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype torch does not know
-        raise ModelError(f"{file} is not a readable safetensors file ({_first_line(error)}); copy it again") from None
+        raise ModelError(f"{file} is not a readable safetensors file ({first_line(error)}); copy it again") from None
     try:
         metadata = json.loads(header)
     except ValueError:
@@ -120,7 +120,7 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         raise
     # A damaged archive makes torch raise nearly anything: RuntimeError, EOFError, KeyError, UnicodeDecodeError...
     except Exception as error:
-        raise ModelError(f"{file} is not a readable torch file ({_first_line(error)}); copy it again") from None
+        raise ModelError(f"{file} is not a readable torch file ({first_line(error)}); copy it again") from None
 
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -219,7 +219,7 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise ModelError(f"cannot write {file}: {_first_line(error)}") from None
+        raise ModelError(f"cannot write {file}: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -228,5 +228,6 @@ def _first_names(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What `error` says, cut to one line of at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

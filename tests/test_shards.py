@@ -1,4 +1,4 @@
-"""Packing, checking and looking into shards: through the importable functions and the command line as users start it."""
+"""Packing, checking and looking into shards: through the functions and through the command line as users start it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from data import DataError
 from data.pack import pack
@@ -36,7 +37,7 @@ def jpeg(height: int = 12, width: int = 16, seed: int = 0, **options: Any) -> by
     return buffer.getvalue()
 
 
-@pytest.fixture()
+@pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Three classes of 4, 5 and 6 images."""
     folder = tmp_path / "images"
@@ -109,12 +110,13 @@ def test_other_readers_read_our_shards(images: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_request_gives_the_same_bytes(images: Path, tmp_path: Path) -> None:
-    for name, options in {
+    requests: dict[str, dict[str, Any]] = {
         "one": {},
         "three": {"workers": 3},
         "seed": {"seed": 1},
         "sorted": {"shuffle": False},
-    }.items():
+    }
+    for name, options in requests.items():
         (tmp_path / name).mkdir()
         pack(str(images), str(tmp_path / name / "out"), shard_size=4, **options)
     one = contents(tmp_path / "one" / "out")
@@ -145,7 +147,12 @@ def test_another_pack_into_the_same_folder_is_refused(images: Path, tmp_path: Pa
     out = tmp_path / "out"
     pack(str(images), str(out), shard_size=4)
     finished = contents(out)
-    for options, name in (({"seed": 1}, "seed"), ({"resize": 8}, "resize, quality"), ({"shard_size": 5}, "shard_size")):
+    requests: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 1},
+        "resize, quality": {"resize": 8},
+        "shard_size": {"shard_size": 5},
+    }
+    for name, options in requests.items():
         with pytest.raises(DataError, match=f"holds another pack .other {name}.: choose another folder"):
             pack(str(images), str(out), **{"shard_size": 4} | options)
     (images / "cat" / "new.jpg").write_bytes(jpeg())
@@ -177,7 +184,8 @@ def test_resize(images: Path, tmp_path: Path) -> None:
     assert stored["cat-small"] == small
     reduced = Image.open(io.BytesIO(stored["cat-large"] or b""))
     assert (reduced.size, reduced.format, reduced.mode) == ((71, 40), "JPEG", "RGB")
-    assert [component[1:3] for component in reduced.layer] == [(1, 1)] * 3  # 4:4:4  # type: ignore[attr-defined]
+    assert isinstance(reduced, JpegImageFile)
+    assert get_sampling(reduced) == 0  # 4:4:4
     expected = Image.open(io.BytesIO(large)).resize((71, 40), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(reduced).astype(int) - np.asarray(expected)).mean() < 3
     assert Image.open(io.BytesIO(stored["dog-alpha"] or b"")).size == (78, 40)
@@ -214,8 +222,10 @@ def test_a_source_file_that_cannot_be_read(images: Path, tmp_path: Path) -> None
 
 def test_a_full_disk(images: Path, tmp_path: Path) -> None:
     """A file size limit stands in for the disk: both fail in write() with an OSError."""
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:]; "
-    code = limit + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     for number in range(30):
         (images / "cat" / f"more{number}.jpg").write_bytes(jpeg(100, 100))
     out = tmp_path / "out"
@@ -240,17 +250,27 @@ def test_a_full_disk(images: Path, tmp_path: Path) -> None:
         assert not list(out.glob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """Images that take a while to resize, and the files of an unbroken pack of them."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    for name in ("a", "b"):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(60):
+            (folder / "images" / name / f"{number}.jpg").write_bytes(jpeg(500, 500, seed=number))
+    pack(str(folder / "images"), str(folder / "out"), resize=300, shard_size=6)
+    return folder / "images", contents(folder / "out")
+
+
 @pytest.mark.parametrize(
     ("stop", "workers"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGKILL, 2)]
 )
-def test_an_interrupted_command_can_be_repeated(tmp_path: Path, stop: signal.Signals, workers: int) -> None:
-    source = tmp_path / "images"
-    for name in ("a", "b"):
-        (source / name).mkdir(parents=True)
-        for number in range(200):
-            (source / name / f"{number}.jpg").write_bytes(jpeg(400, 400, seed=number))
+def test_an_interrupted_command_can_be_repeated(
+    tmp_path: Path, photographs: tuple[Path, dict[str, bytes]], stop: signal.Signals, workers: int
+) -> None:
+    source, unbroken = photographs
     out = tmp_path / "out"
-    arguments = ["pack", str(source), str(out), "--resize", "300", "--shard_size", "20", "--workers", str(workers)]
+    arguments = ["pack", str(source), str(out), "--resize", "300", "--shard_size", "6", "--workers", str(workers)]
     process = start(*arguments)
     while not (out / "000002.tar").exists():
         assert process.poll() is None, process.communicate()
@@ -268,8 +288,7 @@ def test_an_interrupted_command_can_be_repeated(tmp_path: Path, stop: signal.Sig
     if stop != signal.SIGKILL:
         assert not list(out.glob("*.tmp"))
     assert main(arguments) == 0
-    pack(str(source), str(tmp_path / "unbroken" / "out"), resize=300, shard_size=20, workers=2)
-    assert contents(out) == contents(tmp_path / "unbroken" / "out")
+    assert contents(out) == unbroken
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -229,6 +229,20 @@ def test_shuffle_buffer_is_bounded_and_mixes() -> None:
     assert walked == order.numbers(7, np.arange(order.run_length)).tolist()
 
 
+def test_resuming_decodes_only_what_is_left(sets: dict[tuple[int, ...], str]) -> None:
+    decoded = []
+
+    @dataclass(frozen=True)
+    class Counting(Fingerprint):
+        def __call__(self, data: bytes, generator: Random) -> torch.Tensor:
+            decoded.append(data)
+            return super().__call__(data, generator)
+
+    batches = rows(open_stream(sets[40,], global_batch=4, transform=Counting(), start_step=8))
+    assert [data.decode() for data in decoded] == [key for step in batches for _, key, _, _ in step]
+    assert len(decoded) == 8
+
+
 @pytest.mark.parametrize(
     ("global_batch", "world", "limit", "streams"),
     [

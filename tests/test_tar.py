@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from data import DataError, urls
-from data.tar import LabelError, Record, ShardReader, find_shards, parse_label
+from data.archive import plain_header
+from data.tar import LabelError, Record, RecordIndex, ShardReader, find_shards, parse_label
 
 Member = tuple[str, bytes]
 
@@ -76,6 +77,24 @@ def test_passes_over_what_is_not_wanted(tmp_path: Path) -> None:
     reader = ShardReader(str(tmp_path / "a.tar"), start=2)
     assert [r.number for r in reader.read(lambda number: number % 2 == 0)] == [2, 4]
     assert reader.count == 6
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_index_jumps_to_where_a_walk_would_come(tmp_path: Path, format: int) -> None:
+    """Long names before headers, a folder, a key that comes back: a jump sees what a walk from the start sees."""
+    long = "n" * (90 if format == tarfile.USTAR_FORMAT else 150)
+    members = [
+        (f"{long}{key}.{extension}", b"1" * size) for key in "abcadeb" for extension, size in (("jpg", 600), ("cls", 1))
+    ]
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(members, format=format))
+    walked = list(ShardReader(str(path)).read())
+    assert [record.problem for record in walked] == [None, None, None, "duplicate key", None, None, "duplicate key"]
+    index = RecordIndex()
+    for start in (2, 1, 5, 0, 6, 3, 7, 9):
+        reader = ShardReader(str(path), start=start, index=index)
+        assert list(reader.read()) == walked[start:]
+        assert reader.count == 7
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -175,6 +194,27 @@ def test_byte_flips_never_escape(tmp_path_factory: pytest.TempPathFactory, draw:
     reader = ShardReader(str(path))
     with contextlib.suppress(DataError):
         assert len(list(reader.read())) == reader.count
+
+
+@given(st.binary(max_size=120), st.integers(0, 2**40), st.integers(0, 511), st.integers(0, 255), st.booleans())
+def test_fast_header_agrees_with_tarfile(name: bytes, size: int, place: int, byte: int, repair: bool) -> None:
+    """On intact and damaged headers, also where the damage has a right checksum.
+
+    Mode, owners, time and device are not looked at: tarfile refuses nonsense there, we do not.
+    """
+    assume(not any(first <= place < last for first, last in ((100, 124), (136, 148), (329, 345))))
+    info = tarfile.TarInfo(name.decode("utf-8", "backslashreplace") or "x")
+    info.size = size
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT)[-512:])
+    header[place] = byte
+    if repair:
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
+    plain = plain_header(bytes(header))
+    if plain is not None:
+        slow = tarfile.TarInfo.frombuf(bytes(header), "utf-8", "backslashreplace")
+        assert (plain.name, plain.size, plain.isreg()) == (slow.name, slow.size, slow.isreg())
+    else:
+        assert not (place >= 346 and repair), "an intact header must take the fast way"
 
 
 def test_end_of_archive_oddities(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from data import DataError
+from data.images import open_rgb
 from data.transforms import (
     EvalTransform,
     ImageError,
     TrainTransform,
     decode,
-    open_rgb,
     random_crop,
     sample_random,
     unit_interval,

@@ -32,7 +32,7 @@ def safetensors_bytes(header: dict[str, Any] | bytes, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-# --- Reading what others wrote ------------------------------------------------------------------------------------------
+# --- Reading what others wrote ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,7 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path: Path, suffix: str, z
     assert marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "RN50.pt")
     with pytest.raises(ModelError, match=r"TorchScript archive.*open_clip:NAME/openai"):
@@ -171,11 +172,13 @@ def test_damaged_bytes_load_or_raise_our_error(
         if content:
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content)
+    message = f"{file} is fine"
     try:
-        assert read_weights(file).state
+        read_weights(file)
     except ModelError as error:
-        assert str(file) in str(error)
-        assert "\n" not in str(error)
+        message = str(error)
+    assert str(file) in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -209,7 +212,7 @@ def test_paths_that_are_no_weight_files(tmp_path: Path) -> None:
         read_weights(tmp_path / "weights.npz")
 
 
-# --- Fitting, hashing, writing ------------------------------------------------------------------------------------------
+# --- Fitting, hashing, writing ----------------------------------------------------------------------------------------
 
 
 def test_misfit_is_one_short_line(tmp_path: Path) -> None:
@@ -220,18 +223,17 @@ def test_misfit_is_one_short_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         load_into(module, state, "w.pt")
     assert one_line(error) == (
-        "w.pt does not fit Sequential: of its 20 tensors 1 missing (3.bias), 9 unexpected (extra.0, extra.1, extra.2, ...), "
-        "1 of another shape (0.weight [4, 3] instead of [3, 3])"
+        "w.pt does not fit Sequential: of its 20 tensors 1 missing (3.bias), "
+        "9 unexpected (extra.0, extra.1, extra.2, ...), 1 of another shape (0.weight [4, 3] instead of [3, 3])"
     )
     assert state_sha256(module.state_dict()) == before
 
 
 def test_batch_counters_of_old_files_may_be_absent() -> None:
-    module, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-    nn.init.normal_(other.running_mean)
-    state = {name: tensor for name, tensor in other.state_dict().items() if name != "num_batches_tracked"}
+    module = nn.BatchNorm2d(3)
+    state = {name: torch.rand(3) for name in ("weight", "bias", "running_mean", "running_var")}
     load_into(module, state, "w.pt")
-    assert torch.equal(module.running_mean, other.running_mean)
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
     assert misfit(module, {}) == "of its 5 tensors 4 missing (weight, bias, running_mean, ...)"
 
 
@@ -291,7 +293,7 @@ def test_writing_into_a_missing_folder_is_our_error(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "absent" / "w.safetensors", STATE, {})
 
 
-# --- Heads ----------------------------------------------------------------------------------------------------------------
+# --- Heads ------------------------------------------------------------------------------------------------------------
 
 CLASSES = ["n01", "n02", "n03"]
 

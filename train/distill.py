@@ -261,7 +261,6 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     else:
         data = config.data
     cursor = checkpoint.state["data"] if checkpoint is not None else None
-    stream_options: dict[str, Any] = {"streams": cursor["streams"]} if cursor else {}
     steps_before = cursor["steps_per_epoch"] if cursor else 0
     stream = resources.enter_context(
         open_stream(
@@ -278,7 +277,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             strict=config.strict,
             max_bad_fraction=config.max_bad_fraction,
             allow_pipe=config.allow_pipe,
-            **stream_options,
+            streams=cursor["streams"] if cursor else max(64, world),
         )
     )
     here = {

@@ -1,0 +1,70 @@
+"""What the evaluation scripts share: command line, errors in one line, spread of repeated measurements, tables."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import jsonargparse
+
+from data import DataError
+from models import ModelError
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong with a command in one line, and exits with code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        print(f"error: {' '.join(message.split())} (see {command} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run_script(main: Callable[[], object]) -> NoReturn:
+    """Runs a script's `main` and exits: 0 done, 1 wrong data or model (one line), 130 stopped by Ctrl-C."""
+    code = 0
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A repeated measurement: its median, its 20th and 80th percentile, and the number of repetitions."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+    def __str__(self) -> str:
+        digits = max(0, 3 - len(f"{abs(self.median):.0f}"))  # about three significant figures
+        return f"{self.median:,.{digits}f} ({self.p20:,.{digits}f}-{self.p80:,.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Summarises at least one repetition; percentiles are interpolated between the values, as numpy's are."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Spread(statistics.median(values), fifths[0], fifths[3], len(values))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows in aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        first, *others = (
+            f"{text:<{width}}" if place == 0 else f"{text:>{width}}"
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())

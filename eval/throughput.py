@@ -1,0 +1,354 @@
+"""How fast is it? Measures the parts of a training job side by side with what they replace, in one run.
+
+    python eval/throughput.py data --data shards/train                          about two minutes on two cores
+    python eval/throughput.py data --data shards/train --enlarge 375 --workers 0,2,4,8 --figure loading.png
+
+`data` compares decoding one image at a time (one thread, images per CPU second of one core):
+    published   Pillow, then torchvision's RandomResizedCrop, flip, ToTensor and Normalize on the CPU, as the papers do
+    pil         data/transforms.py with decoder `pil`: the bit-exact reference; uint8 out
+    ours        data/transforms.py as it is by default; uint8 out
+and whole pipelines from shards on disk to batches, for each number of workers (images per second of wall time, and per
+CPU second of all processes together):
+    webdataset  WebDataset, shuffle buffer and DataLoader, with the same decoding as `ours`
+    ours        data/stream.py
+further reading without decoding, and the PSNR of `ours` against `pil` with equal crops. The competitors take turns
+within each round and ratios are formed within a round, so that a busy machine slows both sides of a ratio; the figures
+are medians over rounds with the 20th and 80th percentile. Every worker runs one thread. Needs Linux (reads /proc).
+Each number becomes a row of --rows, with its provenance; the table and the figure are made from the same rows.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import io
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import PositiveInt
+
+from data import DataError
+from eval.common import Parser, Spread, print_table, run_script, spread
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.tar import ShardSet
+
+BATCH = 64
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, for `published`
+TARGET_RATE = 2500  # images/s at which the main process's share of a core is stated
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What `data` measures; see --help."""
+
+    data: str = "demo"
+    workers: tuple[int, ...] = (0, 1, 2)
+    images: int = 1000
+    rounds: int = 5
+    size: int = 224
+    enlarge: int = 0
+    rows: str = "runs/benchmarks.jsonl"
+    figure: str = ""
+
+
+def main_data(config: DataConfig) -> list[dict[str, Any]]:
+    """Runs the comparison, prints tables, writes rows and figure, and returns the rows.
+
+    Raises DataError for shards that cannot be read, too few of them for the workers, and a system without /proc.
+    """
+    import torch
+
+    from data import demo
+    from data.rows import append_row
+    from data.tar import find_shards
+
+    if not Path("/proc/self/stat").exists():
+        raise DataError("this measurement reads the processes' CPU time from /proc, which only Linux has")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
+        shards = find_shards(demo.demo_shards("train") if config.data == "demo" else config.data)
+        if config.enlarge:
+            shards = find_shards(enlarged(shards, config.enlarge, config.images, Path(scratch)))
+        if len(shards.shards) < max(config.workers):
+            raise DataError(
+                f"{len(shards.shards)} shards for {max(config.workers)} workers: webdataset gives each at least one; "
+                "pack with a smaller --shard_size, or measure fewer --workers"
+            )
+        images = list(itertools.islice(read_images(shards), config.images))
+        if not images:
+            raise DataError(f"{config.data} holds no images")
+        measured = measure_decoding(images, config) | measure_reading(shards, config) | psnr(images, config.size)
+        measured |= measure_pipelines(shards, config)
+
+    about = {
+        "data": config.data,
+        "fingerprint": shards.fingerprint,
+        "mean_image_bytes": round(sum(map(len, images)) / len(images)),
+        "config": asdict(config),
+        "device": "cpu",
+    }
+    rows = []
+    for (metric, subject, workers), value in measured.items():
+        rows.append(
+            append_row(
+                Path(config.rows),
+                metric=metric,
+                value=value.median,
+                subject=subject,
+                workers=workers,
+                n=value.n,
+                p20=value.p20,
+                p80=value.p80,
+                **about,
+            )
+        )
+    report(rows)
+    if config.figure:
+        draw(rows, config.figure)
+    return rows
+
+
+# What was measured (metric, subject, workers) and its spread. workers is None where no pipeline is concerned.
+Measured = dict[tuple[str, str, int | None], Spread]
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def read_images(shards: ShardSet) -> Iterator[bytes]:
+    """The image files of all shards, in order."""
+    from data.tar import ShardReader
+
+    for shard in shards.shards:
+        for record in ShardReader(shard.url).read():
+            if record.image is not None:
+                yield record.image
+
+
+def enlarged(shards: ShardSet, short_side: int, limit: int, scratch: Path) -> str:
+    """Shards of the first images re-encoded at `short_side` pixels, JPEG quality 95, 4:4:4.
+
+    Stands in for original photographs where only small copies are at hand: ImageNet's have a median size of 500x375.
+    """
+    from PIL import Image
+
+    from data.pack import pack
+    from data.transforms import open_rgb
+
+    (scratch / "images" / "all").mkdir(parents=True)
+    for number, data in enumerate(itertools.islice(read_images(shards), limit)):
+        image = open_rgb(data)
+        factor = short_side / min(image.size)
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+        image.save(scratch / "images" / "all" / f"{number:06d}.jpg", "JPEG", quality=95, subsampling=0)
+    size = math.ceil(limit / max(8, len(shards.shards)))
+    pack(str(scratch / "images"), str(scratch / "shards"), layout="folders", shard_size=size)
+    return str(scratch / "shards")
+
+
+# ----------------------------------------------------------------------------------------------- decoding and reading
+
+
+def measure_decoding(images: Sequence[bytes], config: DataConfig) -> Measured:
+    """Images per CPU second of one core for the three ways to decode and augment, and ours against the published."""
+    from PIL import Image
+    from torchvision import transforms as v1
+
+    from data.transforms import TrainTransform, sample_random
+
+    published = v1.Compose(
+        [
+            v1.RandomResizedCrop(config.size, scale=(0.9, 1.0), interpolation=v1.InterpolationMode.BICUBIC),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize(MEAN, STD),
+        ]
+    )
+    reference, ours = TrainTransform(config.size, decoder="pil"), TrainTransform(config.size)
+    ways: dict[str, Callable[[int, bytes], Any]] = {
+        "published": lambda number, data: published(Image.open(io.BytesIO(data)).convert("RGB")),
+        "pil": lambda number, data: reference(data, sample_random(0, 0, number)),
+        "ours": lambda number, data: ours(data, sample_random(0, 0, number)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(config.rounds + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            for number, data in enumerate(images):
+                way(number, data)
+            if turn > 0:  # the first round warms caches and allocators
+                rates[name].append(len(images) / (time.process_time() - started))
+    measured: Measured = {("decoded images per CPU second", name, None): spread(found) for name, found in rates.items()}
+    measured["ratio of decoding rates", "ours / published", None] = ratio(rates["ours"], rates["published"])
+    measured["ratio of decoding rates", "pil / published", None] = ratio(rates["pil"], rates["published"])
+    return measured
+
+
+def measure_reading(shards: ShardSet, config: DataConfig) -> Measured:
+    """Samples per CPU second read from shards on disk (page cache) without decoding."""
+    import webdataset
+
+    urls = [shard.url for shard in shards.shards]
+    ways: dict[str, Callable[[], Iterable[Any]]] = {
+        "webdataset": lambda: webdataset.WebDataset(urls, shardshuffle=False),
+        "ours": lambda: read_images(shards),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(config.rounds + 1):
+        for name, way in ways.items():
+            started = time.process_time()
+            count = sum(1 for _ in itertools.islice(way(), 5 * config.images))
+            if turn > 0:
+                rates[name].append(count / (time.process_time() - started))
+    measured: Measured = {("read samples per CPU second", name, None): spread(found) for name, found in rates.items()}
+    measured["ratio of reading rates", "ours / webdataset", None] = ratio(rates["ours"], rates["webdataset"])
+    return measured
+
+
+def psnr(images: Sequence[bytes], size: int) -> Measured:
+    """PSNR in dB over images of the default decoder and resampler against Pillow's, with equal crops and flips.
+
+    Equal images count as 99 dB. The percentiles are over images here, not over rounds.
+    """
+    from data.transforms import TrainTransform, sample_random
+
+    values = []
+    for number, data in enumerate(images):
+        one, other = (
+            TrainTransform(size, decoder=decoder)(data, sample_random(0, 0, number)).float()
+            for decoder in ("torchvision", "pil")
+        )
+        error = (one - other).square().mean().item()
+        values.append(10 * math.log10(255**2 / error) if error else 99.0)
+    return {("PSNR, dB", "ours against pil", None): spread(values)}
+
+
+def ratio(ours: Sequence[float], baseline: Sequence[float]) -> Spread:
+    """Quotients of the measurements of the same round."""
+    return spread([a / b for a, b in zip(ours, baseline, strict=True)])
+
+
+# --------------------------------------------------------------------------------------------------- whole pipelines
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One run of a pipeline: images, seconds of wall time, CPU seconds of the main process and of its workers."""
+
+    images: int
+    wall: float
+    main: float
+    workers: float
+
+    @property
+    def per_second(self) -> float:
+        return self.images / self.wall
+
+    @property
+    def per_cpu_second(self) -> float:
+        return self.images / (self.main + self.workers)
+
+
+def measure_pipelines(shards: ShardSet, config: DataConfig) -> Measured:
+    """Plain webdataset and our stream for each number of workers, in turn."""
+    ways: dict[str, Callable[[ShardSet, int, int], Any]] = {"webdataset": webdataset_batches, "ours": our_batches}
+    runs: dict[tuple[str, int], list[Rate]] = {(name, workers): [] for workers in config.workers for name in ways}
+    for turn in range(config.rounds):
+        for name, workers in sorted(runs, key=lambda _: random.Random(turn).random()):
+            runs[name, workers].append(time_batches(ways[name](shards, workers, config.size), workers, config.images))
+            sys.stderr.write(f"\rround {turn + 1}/{config.rounds}: {name}, {workers} workers   ")
+    sys.stderr.write("\n")
+
+    measured: Measured = {}
+    wall = {key: [run.per_second for run in found] for key, found in runs.items()}
+    cpu = {key: [run.per_cpu_second for run in found] for key, found in runs.items()}
+    for (name, workers), found in runs.items():
+        measured["pipeline images per second", name, workers] = spread(wall[name, workers])
+        measured["pipeline images per CPU second", name, workers] = spread(cpu[name, workers])
+        if workers:
+            share = [100 * TARGET_RATE * run.main / run.images for run in found]
+            measured[f"main process, % of a core at {TARGET_RATE} images/s", name, workers] = spread(share)
+    for workers in config.workers:
+        pair = "ours / webdataset"
+        measured["ratio of pipeline rates", pair, workers] = ratio(wall["ours", workers], wall["webdataset", workers])
+        measured["ratio of pipeline rates per CPU second", pair, workers] = ratio(
+            cpu["ours", workers], cpu["webdataset", workers]
+        )
+        if workers > 1 and 1 in config.workers:
+            scaling = [k / one / workers for k, one in zip(wall["ours", workers], wall["ours", 1], strict=True)]
+            measured["rate over workers times the rate of one", "ours", workers] = spread(scaling)
+    return measured
+
+
+def webdataset_batches(shards: ShardSet, workers: int, size: int) -> Iterable[Any]:
+    """What users of webdataset write: shards, shuffle buffer, decode, DataLoader."""
+    import webdataset
+    from torch.utils.data import DataLoader
+
+    from data.tar import IMAGE_EXTENSIONS
+    from data.transforms import TrainTransform, sample_random
+
+    transform = TrainTransform(size)
+
+    def decode(sample: dict[str, Any]) -> tuple[torch.Tensor, int, str]:
+        extension = next(name for name in sample if name in IMAGE_EXTENSIONS)
+        generator = sample_random(0, 0, zlib.crc32(sample["__key__"].encode()))
+        return transform(sample[extension], generator), int(sample["cls"]), sample["__key__"]
+
+    urls = [shard.url for shard in shards.shards]
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), repeat=True, seed=0).shuffle(1000).map(decode)
+    return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+
+
+def our_batches(shards: ShardSet, workers: int, size: int) -> Iterable[Any]:
+    """Our stream with the same decoding."""
+    from data.stream import open_stream
+    from data.transforms import TrainTransform
+
+    return open_stream(shards, global_batch=BATCH, workers=workers, transform=TrainTransform(size), epochs=None)
+
+
+def time_batches(batches: Iterable[Any], workers: int, images: int) -> Rate:
+    """Times at least `images` images of an endless pipeline in its steady state, then closes it.
+
+    The first batches start workers and fill buffers and are not counted. Nothing pauses before the clock starts, so
+    the queues between the processes hold as little then as at the end: no image decoded before it is counted for free.
+    """
+    iterator = iter(batches)
+    for _ in range(2 + 2 * workers):
+        next(iterator)
+    pids = [process.pid for process in multiprocessing.active_children() if process.pid]
+    if len(pids) != workers:
+        raise RuntimeError(f"{len(pids)} processes run for {workers} workers: a pipeline did not end")
+    before, main, started = [cpu_seconds(pid) for pid in pids], time.process_time(), time.monotonic()
+    steps = math.ceil(images / BATCH)
+    for _ in range(steps):
+        next(iterator)
+    wall, main = time.monotonic() - started, time.process_time() - main
+    used = sum(map(cpu_seconds, pids)) - sum(before)
+    close = getattr(iterator, "close", None) or getattr(iterator, "_shutdown_workers", None)
+    if close is not None:  # DataLoader's iterator has no public way to end its workers
+        close()
+    return Rate(steps * BATCH, wall, main, used)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, in seconds, to the clock tick."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
