@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_string_type
 
 from data import DataError
 from eval.common import Parser, Spread, print_table, run_script, spread
@@ -352,3 +352,112 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process, in seconds, to the clock tick."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def report(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows of one run as a table."""
+    about = rows[0]
+    kilobytes = about["mean_image_bytes"] / 1000
+    print(f"{about['data']}: images of {kilobytes:.1f} kB on average, to {about['config']['size']} pixels")
+    print(f"{about['processor']}, {about['cores']} cores, torch {about['versions']['torch']}, commit {about['commit']}")
+    lines = []
+    for row in rows:
+        value = Spread(row["value"], row["p20"], row["p80"], row["n"])
+        workers = "" if row["workers"] is None else str(row["workers"])
+        lines.append((row["metric"], row["subject"], workers, str(value), str(row["n"])))
+    print_table(("", "of", "workers", "median (p20-p80)", "n"), lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Draws decoding rates and pipeline rates of one run; raises DataError if the file cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"published": "#8c8c8c", "pil": "#b9cde5", "webdataset": "#8c8c8c", "ours": "#1f5fa8"}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+
+    def whiskers(found: Sequence[dict[str, Any]]) -> list[list[float]]:
+        return [[row["value"] - row["p20"] for row in found], [row["p80"] - row["value"] for row in found]]
+
+    found = [row for row in rows if row["metric"] == "decoded images per CPU second"]
+    values = [row["value"] for row in found]
+    names = [row["subject"] for row in found]
+    bars = left.bar(names, values, yerr=whiskers(found), color=[colours[name] for name in names], capsize=4)
+    left.bar_label(bars, [f"{value:,.0f}\n{value / values[0]:.2f}x" for value in values], padding=4)
+    left.set(title="decode and augment, one core", ylabel="images per CPU second", ylim=(0, 1.25 * max(values)))
+
+    for name, marker in (("webdataset", "s"), ("ours", "o")):
+        found = [row for row in rows if row["metric"] == "pipeline images per second" and row["subject"] == name]
+        found.sort(key=lambda row: row["workers"])
+        workers, values = [row["workers"] for row in found], [row["value"] for row in found]
+        right.errorbar(workers, values, yerr=whiskers(found), label=name, color=colours[name], marker=marker, capsize=4)
+        if name == "ours" and 1 in workers and max(workers) > 1:
+            one = values[workers.index(1)]
+            ends = [1, max(workers)]
+            right.plot(
+                ends, [one * end for end in ends], color=colours[name], ls=":", label="one worker's rate x workers"
+            )
+    right.set(title="from shards to batches", xlabel="workers", ylabel="images per second", ylim=(0, None))
+    right.set_xticks(sorted({row["workers"] for row in rows if row["workers"] is not None}))
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    about = rows[0]
+    figure.suptitle(
+        f"images of {about['mean_image_bytes'] / 1000:.0f} kB to {about['config']['size']} px"
+        f" on {about['cores']} cores of {about['processor']}",
+        fontsize=10,
+    )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
+        raise DataError(f"cannot write the figure {path}: {error}") from None
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """Reads the command line; a wrong one exits with 2 and one line."""
+    default = DataConfig()
+    parser = Parser(
+        prog="eval/throughput.py", description="Measures parts of a training job against what they replace."
+    )
+    commands = parser.add_subcommands()
+    command = Parser(description="Image loading against the published pipeline and plain webdataset.")
+    command.add_argument("--data", type=str, default=default.data, help="shards, or `demo` for the built-in digits")
+    command.add_argument("--workers", type=WorkerCounts, default="0,1,2", help="numbers of worker processes to measure")
+    command.add_argument("--images", type=PositiveInt, default=default.images, help="images in each run")
+    command.add_argument("--rounds", type=PositiveInt, default=default.rounds, help="runs of each competitor, in turns")
+    command.add_argument("--size", type=PositiveInt, default=default.size, help="side of the decoded images, pixels")
+    command.add_argument(
+        "--enlarge",
+        type=NonNegativeInt,
+        default=default.enlarge,
+        help="re-encode at this short side first (0: as they are)",
+    )
+    command.add_argument("--rows", type=str, default=default.rows, help="file that the results are appended to")
+    command.add_argument("--figure", type=str, default=default.figure, help="image file to draw (empty: none)")
+    commands.add_subcommand("data", command)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> object:
+    """Runs one measurement."""
+    parsed = parse(arguments)
+    options = parsed[parsed.subcommand].as_dict()
+    workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
+    return main_data(DataConfig(workers=workers, **options))
+
+
+if __name__ == "__main__":
+    run_script(main)

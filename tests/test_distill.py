@@ -542,3 +542,35 @@ def test_second_run_in_the_same_folder_is_refused(settings: dict[str, Any]) -> N
     assert result.returncode == 2
     assert "another run is using this folder" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.launch
+def test_a_second_signal_after_three_seconds_exits_at_once() -> None:
+    """A launcher repeats the first signal at once, which must not count; a person's second Ctrl-C must."""
+    code = (
+        "import time; from train.launching import StopSignals\n"
+        "with StopSignals() as s:\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    time.sleep(2.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
+def test_a_damaged_checkpoint_given_by_path_is_an_error(settings: dict[str, Any]) -> None:
+    main(Config(**settings))
+    checkpoint = Path(settings["out"]) / "checkpoints" / "step_00000008"
+    (checkpoint / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelError, match=r"model.safetensors: 100 bytes, the manifest says"):
+        main(Config(**{**settings, "resume": str(checkpoint)}))
+    main(Config(**settings))  # auto falls back to step 4 and repeats the rest
+    assert weights_after(settings["out"])
