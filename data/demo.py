@@ -263,8 +263,8 @@ def _publish(built: Path, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- contact sheet
 
 
-def contact_sheet(path: str) -> None:
-    """Draws two pictures of every class of every set into an image file. Raises DataError if it cannot be written."""
+def contact_sheet(drawn: dict[str, Drawn], path: str) -> None:
+    """Puts two pictures of every class of every set into an image file. Raises DataError if it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -273,18 +273,18 @@ def contact_sheet(path: str) -> None:
     cell, gap = 36, 2
     rng = np.random.default_rng(0)
     figure, axes = pyplot.subplots(len(DEMO_SPLITS), len(CLASSES), figsize=(13, 4.6), facecolor="white")
-    for row, (split, drawn) in zip(axes, draw_demo().items(), strict=True):
+    for row, (split, pictures) in zip(axes, drawn.items(), strict=True):
         for label, axis in enumerate(row):
-            members = np.flatnonzero(drawn.labels == label)
+            members = np.flatnonzero(pictures.labels == label)
             strip = np.full((cell, 2 * cell + gap, 3), 255, dtype=np.uint8)
             for place, number in enumerate(rng.permutation(members)[:2]):
-                size, left = drawn.images.shape[1], place * (cell + gap)
+                size, left = pictures.images.shape[1], place * (cell + gap)
                 margin = (cell - size) // 2
-                strip[margin : margin + size, left + margin : left + margin + size] = drawn.images[number]
+                strip[margin : margin + size, left + margin : left + margin + size] = pictures.images[number]
             axis.imshow(strip, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        known = int((drawn.labels != NO_CLASS).sum())
+        known = int((pictures.labels != NO_CLASS).sum())
         row[0].set_ylabel(f"{split}\n{known:,}", rotation=0, ha="right", va="center", fontsize=11, labelpad=8)
     for name, axis in zip(CLASSES, axes[0], strict=True):
         axis.set_title(name, fontsize=11, pad=4)
@@ -304,13 +304,13 @@ def main(arguments: list[str] | None = None) -> int:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
-        exit_on_error=False, description="Builds the built-in data set, once, and says what is in it."
+        exit_on_error=False, allow_abbrev=False, description="Builds the built-in data set, once, and says what is in it."
     )
     parser.add_argument("--figure", type=str, help="image file (png, svg, pdf) to draw a contact sheet into")
     try:
         figure = parser.parse_args(arguments).figure
     except ArgumentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     try:
         print(f"{Path(demo_shards('train')).parent}")
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
             info = json.loads(Path(demo_shards(split), "_info.json").read_text())
             print(f"{split:10} {info['splits'][split]['num_samples']:5,} images, classes {', '.join(info['classes'])}")
         if figure:
-            contact_sheet(figure)
+            contact_sheet(draw_demo(), figure)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
@@ -15,7 +15,10 @@ from models import ModelError
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Says what is wrong with a command in one line, and exits with code 2."""
+    """Says what is wrong with a command in one line, and exits with code 2. Flags are written in full."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")

@@ -46,6 +46,7 @@ from eval.common import Parser, Spread, print_table, run_script, spread
 if TYPE_CHECKING:
     import torch
 
+    from data.stream import Stream
     from data.tar import ShardSet
 
 BATCH = 64
@@ -267,13 +268,16 @@ class Rate:
 
 def measure_pipelines(shards: ShardSet, config: DataConfig) -> Measured:
     """Plain webdataset and our stream for each number of workers, in turn."""
+    from data.parallel import Progress
+
     ways: dict[str, Callable[[ShardSet, int, int], Any]] = {"webdataset": webdataset_batches, "ours": our_batches}
     runs: dict[tuple[str, int], list[Rate]] = {(name, workers): [] for workers in config.workers for name in ways}
+    progress = Progress("pipelines", config.rounds * len(runs) * config.images)
     for turn in range(config.rounds):
-        for name, workers in sorted(runs, key=lambda _: random.Random(turn).random()):
+        for name, workers in random.Random(turn).sample(sorted(runs), len(runs)):
             runs[name, workers].append(time_batches(ways[name](shards, workers, config.size), workers, config.images))
-            sys.stderr.write(f"\rround {turn + 1}/{config.rounds}: {name}, {workers} workers   ")
-    sys.stderr.write("\n")
+            progress.add(config.images)
+    progress.close()
 
     measured: Measured = {}
     wall = {key: [run.per_second for run in found] for key, found in runs.items()}
@@ -293,6 +297,10 @@ def measure_pipelines(shards: ShardSet, config: DataConfig) -> Measured:
         if workers > 1 and 1 in config.workers:
             scaling = [k / one / workers for k, one in zip(wall["ours", workers], wall["ours", 1], strict=True)]
             measured["rate over workers times the rate of one", "ours", workers] = spread(scaling)
+            # The same without what other processes on the machine took away.
+            measured["rate per CPU second over that of one worker", "ours", workers] = ratio(
+                cpu["ours", workers], cpu["ours", 1]
+            )
     return measured
 
 
@@ -312,11 +320,11 @@ def webdataset_batches(shards: ShardSet, workers: int, size: int) -> Iterable[An
         return transform(sample[extension], generator), int(sample["cls"]), sample["__key__"]
 
     urls = [shard.url for shard in shards.shards]
-    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), repeat=True, seed=0).shuffle(1000).map(decode)
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(1000).map(decode).repeat()
     return DataLoader(dataset, batch_size=BATCH, num_workers=workers)
 
 
-def our_batches(shards: ShardSet, workers: int, size: int) -> Iterable[Any]:
+def our_batches(shards: ShardSet, workers: int, size: int) -> Stream:
     """Our stream with the same decoding."""
     from data.stream import open_stream
     from data.transforms import TrainTransform
@@ -387,8 +395,10 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     found = [row for row in rows if row["metric"] == "decoded images per CPU second"]
     values = [row["value"] for row in found]
     names = [row["subject"] for row in found]
+    times = {row["subject"]: f"{row['value']:.2f}x" for row in rows if row["metric"] == "ratio of decoding rates"}
     bars = left.bar(names, values, yerr=whiskers(found), color=[colours[name] for name in names], capsize=4)
-    left.bar_label(bars, [f"{value:,.0f}\n{value / values[0]:.2f}x" for value in values], padding=4)
+    labels = [f"{row['value']:,.0f}\n{times.get(row['subject'] + ' / published', '')}" for row in found]
+    left.bar_label(bars, labels, padding=4)
     left.set(title="decode and augment, one core", ylabel="images per CPU second", ylim=(0, 1.25 * max(values)))
 
     for name, marker in (("webdataset", "s"), ("ours", "o")):

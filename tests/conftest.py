@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository's packages come first on the path, one thread per process, a fixed hypothesis profile."""
+"""Shared by all tests: this repository first on the path, one thread per process, a fixed hypothesis profile."""
 
 import os
 import sys

@@ -176,12 +176,12 @@ def test_run_learns_and_leaves_what_it_promises(settings: dict[str, Any]) -> Non
     assert {"commit", "versions", "date", "config", "seed", "data_fingerprint"} <= row.keys()
 
 
-def test_resume_is_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_is_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 steps = 5 + 3, with batch norm, a projector, and an epoch's end in the middle."""
     settings |= {"student": "cifar_resnet20", "batch_size": 32}
     main(Config(**settings))
     halves = settings | {"out": str(tmp_path / "halves")}
-    stop_after(halves, 5)
+    stop_after(halves, 5, monkeypatch)
     main(Config(**halves))
     whole, broken = weights_after(settings["out"]), weights_after(halves["out"])
     assert whole.keys() == broken.keys()
@@ -192,8 +192,8 @@ def test_resume_is_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None
     assert [strip(row) for row in rows(settings["out"])] == [strip(row) for row in rows(halves["out"])]
 
 
-def stop_after(settings: dict[str, Any], steps: int) -> None:
-    """Runs until `steps` steps are done, then lets a SIGTERM arrive."""
+def stop_after(settings: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs until `steps` steps are done: a SIGTERM arrives in the middle of the last one."""
     from train import distill
 
     original = distill.cosine_lr
@@ -203,12 +203,10 @@ def stop_after(settings: dict[str, Any], steps: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(step, *rest)
 
-    distill.cosine_lr = lr_and_signal
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "cosine_lr", lr_and_signal)
         with pytest.raises(StopRequested) as stopped:
             main(Config(**settings))
-    finally:
-        distill.cosine_lr = original
     assert stopped.value.code == 143
     assert f"saved at step {steps} of" in str(stopped.value)
 

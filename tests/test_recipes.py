@@ -45,7 +45,7 @@ def test_recipe_is_the_published_one_and_builds_both_towers(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "architecture"), [("rn50", "RN50"), ("vit_b_16", "ViT-B-16-quickgelu")])
 def test_real_towers_take_two_steps(name: str, architecture: str, tiny_shards: Path, tmp_path: Path) -> None:
-    """A teacher with random weights from a file, the published recipe, hidden and Gram terms on, two steps on the CPU."""
+    """A teacher with random weights from a file, the published recipe, hidden and Gram terms on, two steps."""
     torch.manual_seed(1)
     tower = load_encoder(f"open_clip:{architecture}", weights=False).tower
     file = tmp_path / "teacher.safetensors"

@@ -21,12 +21,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import json
 import math
 import time
+from argparse import ArgumentError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from data.demo import Drawn
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "demo_teacher"
 
@@ -47,15 +51,7 @@ RENDERINGS = {"photo": 5, "turned": 3, "outline": 2, "mosaic": 2, "stencil": 2, 
 
 @dataclass(frozen=True)
 class Config:
-    """Trains the teacher of the built-in demo.
-
-    Attributes:
-        out: folder to write; must be the shipped one, new or empty.
-        epochs: passes over the train digits; each draws all pictures anew.
-        batch_size: pictures per step.
-        learning_rate: AdamW's highest learning rate.
-        seed: of the drawing, the initialisation and the order.
-    """
+    """What the command line sets; see --help."""
 
     out: str = str(SHIPPED)
     epochs: int = 12
@@ -72,6 +68,7 @@ def main(config: Config) -> dict[str, float]:
     from torch.nn import functional
 
     from data import demo, demo_images
+    from models.weights import write_text
 
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
@@ -80,11 +77,11 @@ def main(config: Config) -> dict[str, float]:
     # All captions there are, ordered by style, template and class, are the candidates of the contrastive loss: with ten
     # classes a batch holds captions twice, and CLIP's loss over the batch would push equal pairs apart.
     digits = demo_images.load_digits(seed=demo.VERSION)["train"]
-    styles_n, templates_n, classes_n = len(RENDERINGS), 2, len(demo.CLASSES)
+    num_styles, num_templates, num_classes = len(RENDERINGS), 2, len(demo.CLASSES)
     captions = [t.format(c) for style in RENDERINGS for t in demo.STYLE_TEMPLATES[style] for c in demo.CLASSES]
     tokens = torch.from_numpy(demo.caption_tokens(captions))
-    style_of = torch.arange(styles_n).repeat_interleave(templates_n * classes_n)
-    class_of = torch.arange(classes_n).repeat(styles_n * templates_n)
+    style_of = torch.arange(num_styles).repeat_interleave(num_templates * num_classes)
+    class_of = torch.arange(num_classes).repeat(num_styles * num_templates)
 
     # --------------------------------------------------------------------------------------- model and optimiser
     model = CLIP(**MODEL).train().to(memory_format=torch.channels_last)
@@ -118,6 +115,7 @@ def main(config: Config) -> dict[str, float]:
         for step, chosen in enumerate(order.split(config.batch_size)[:steps_per_epoch]):
             progress = (epoch * steps_per_epoch + step) / total_steps
             rate = config.learning_rate * min(progress / 0.05, 0.5 + 0.5 * math.cos(math.pi * progress))
+            # The text tower is nearly done and only has to follow.
             optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = rate, 0.1 * rate
             picture = functional.normalize(model.encode_image(prepare(images[chosen])), dim=-1)
             caption = functional.normalize(model.encode_text(tokens), dim=-1)
@@ -125,8 +123,8 @@ def main(config: Config) -> dict[str, float]:
             # The class by its mean caption, as in `measure`; the very caption with less weight, for style is easy and
             # drowns the class.
             by_class = scale * picture @ _means(caption, class_of).T
-            template = torch.randint(templates_n, (len(chosen),))
-            own_caption = (styles[chosen] * templates_n + template) * classes_n + labels[chosen]
+            template = torch.randint(num_templates, (len(chosen),))
+            own_caption = (styles[chosen] * num_templates + template) * num_classes + labels[chosen]
             loss = functional.cross_entropy(by_class, labels[chosen])
             loss = loss + 0.1 * functional.cross_entropy(scale * picture @ caption.T, own_caption)
             optimizer.zero_grad(set_to_none=True)
@@ -143,8 +141,11 @@ def main(config: Config) -> dict[str, float]:
         )
 
     # ------------------------------------------------------------------------------------------ write, then measure
-    accuracy_of = measure(write(model, Path(config.out)))
-    readme(Path(config.out), accuracy_of)
+    out = Path(config.out)
+    write(model, out)
+    accuracy_of = measure(f"local-dir:{out}", demo.draw_demo())
+    table = "\n".join(f"| {split} | {100 * accuracy:.1f} |" for split, accuracy in accuracy_of.items())
+    write_text(out / "README.md", README.format(table=table))
     return accuracy_of
 
 
@@ -185,23 +186,24 @@ def draw_epoch(digits: Any, rng: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     return pixels, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(styles))
 
 
-def write(model: torch.nn.Module, out: Path) -> str:
-    """Writes the open_clip folder and returns its open_clip name."""
-    import torch
-    from safetensors.torch import save_file
+def write(model: torch.nn.Module, out: Path) -> None:
+    """Writes weights and configuration as an open_clip folder. Raises ModelError if that is impossible."""
+    from models import ModelError
+    from models.weights import write_safetensors, write_text
 
-    out.mkdir(parents=True, exist_ok=True)
-    # BatchNorm's variances and the logit scale fit float16 as well; whole numbers stay whole.
-    state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors")
+    # Batch counters stay whole numbers. Variances far from 1 might not fit, which `measure` would show.
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror}") from None
+    write_safetensors(out / "open_clip_model.safetensors", state, {"made_by": "train/demo_teacher.py"})
     settings = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
-    (out / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    assert all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point())
-    return f"local-dir:{out}"
+    write_text(out / "open_clip_config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def measure(name: str) -> dict[str, float]:
-    """Accuracy of the stored model on every demo set by the nearest class caption, averaged over all templates."""
+def measure(name: str, sets: dict[str, Drawn]) -> dict[str, float]:
+    """Accuracy of a stored model on the drawn demo sets by the nearest class caption, averaged over all templates."""
     import open_clip
     import torch
     from torch.nn import functional
@@ -215,7 +217,7 @@ def measure(name: str) -> dict[str, float]:
         captions = demo.caption_tokens([t.format(c) for t in templates for c in demo.CLASSES])
         text = functional.normalize(model.encode_text(torch.from_numpy(captions)), dim=-1)
         text = text.view(len(templates), len(demo.CLASSES), -1).mean(dim=0)
-        for split, drawn in demo.draw_demo().items():
+        for split, drawn in sets.items():
             border, size = demo.DEMO_SPLITS[split].border, drawn.images.shape[1]
             known = drawn.labels != demo.NO_CLASS
             inner = drawn.images[known][:, border : size - border, border : size - border]
@@ -227,12 +229,6 @@ def measure(name: str) -> dict[str, float]:
             accuracy_of[split] = (by_label.argmax(dim=1) == torch.tensor(truth)).double().mean().item()
             print(f"{split:10} {accuracy_of[split]:.3f}  ({len(truth)} pictures)")
     return accuracy_of
-
-
-def readme(out: Path, accuracy_of: dict[str, float]) -> None:
-    """The model card."""
-    table = "\n".join(f"| {split} | {100 * accuracy:.1f} |" for split, accuracy in accuracy_of.items())
-    (out / "README.md").write_text(README.format(table=table))
 
 
 README = """# The demo's teacher
@@ -254,7 +250,31 @@ Digits, UCI Machine Learning Repository, 1998 (CC BY 4.0). The weights are under
 """
 
 
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, trains, and returns the exit code."""
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-    main(auto_cli(Config, as_positional=False))
+    from models import ModelError
+
+    default = Config()
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description="Trains the teacher of the built-in demo."
+    )
+    parser.add_argument("--out", type=str, default=default.out, help="folder to write")
+    parser.add_argument("--epochs", type=PositiveInt, default=default.epochs, help="each draws all pictures anew")
+    parser.add_argument("--batch_size", type=PositiveInt, default=default.batch_size, help="pictures a step")
+    parser.add_argument(
+        "--learning_rate", type=PositiveFloat, default=default.learning_rate, help="highest, of the image tower"
+    )
+    parser.add_argument("--seed", type=NonNegativeInt, default=default.seed, help="of drawing, weights and order")
+    try:
+        main(Config(**parser.parse_args(arguments).as_dict()))
+    except (ArgumentError, ModelError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
