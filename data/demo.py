@@ -43,6 +43,7 @@ from data.demo_images import CLASSES, Digits
 VERSION = 1  # raise it whenever a pixel, a label or the layout changes: it names the cache folder and seeds the drawing
 DEMO_TEACHER = f"local-dir:{Path(__file__).resolve().parent / 'demo_teacher'}"
 NO_CLASS = -1
+TURNED: dict[str, Any] = {"angle": 40, "scale": (0.55, 0.9), "shift": 5}  # how `place` moves the "turned" style
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,11 @@ def draw_demo() -> dict[str, Drawn]:
     return {name: drawn[name] for name in DEMO_SPLITS}
 
 
-TURNED: dict[str, Any] = {"angle": 40, "scale": (0.55, 0.9), "shift": 5}  # how `place` moves the "turned" style
-
-
 def draw(
     digits: Digits, styles: Iterable[str], rng: np.random.Generator, *, upside_down: Any = None, **placing: Any
 ) -> Drawn:
     """Draws every digit once per entry of `styles`; `placing` goes to demo_images.place."""
-    styles, step = tuple(styles), 400  # pictures at a time: float64 temporaries of tens of MB
+    styles, step = tuple(styles), 400  # pictures at a time: float32 temporaries of tens of MB
     images = []
     for style in styles:
         for start in range(0, len(digits.labels), step):
@@ -158,7 +156,7 @@ def _red_frame(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def nearest_neighbour(train: Drawn, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The class of the nearest train picture, by distance from the frame's median grey in 2x2 cells.
+    """The class of the nearest train picture, by the difference from the rim's median grey in 2x2 cells.
 
     The features are whole numbers far below 2**53, so distances are exact and equal pixels give equal choices anywhere.
     """
@@ -304,7 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Builds the built-in data set, once, and says what is in it."
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Builds the built-in data set, once, and says what is in it.",
     )
     parser.add_argument("--figure", type=str, help="image file (png, svg, pdf) to draw a contact sheet into")
     try:
@@ -322,6 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # nothing half-made is left
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

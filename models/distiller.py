@@ -47,6 +47,8 @@ class Distiller(nn.Module):
         self.kind: Kind = kind
         self.feature_weight, self.hidden_weight, self.gram_weight = feature_weight, hidden_weight, gram_weight
         self.hidden_blocks, self.gram_blocks = tuple(hidden_blocks), tuple(gram_blocks)
+        # Both see the same images: a convolutional student takes the teacher's size, whatever its own default.
+        student.image_size = teacher.image_size
         ours = self._try(student, teacher.image_size, "student")
         theirs = self._try(teacher, teacher.image_size, "teacher")
         for what, blocks, mine, other in (
@@ -70,8 +72,8 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 image = torch.zeros(1, 3, size, size, device=device)
                 return encoder.eval().intermediates(image, self.hidden_blocks, self.gram_blocks)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, AssertionError, ValueError) as error:  # however a library says that a size does not fit
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelError(f"{role} {encoder.name} cannot take {size}x{size} images: {reason}") from error
         finally:
             encoder.train(training)

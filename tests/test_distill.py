@@ -283,7 +283,7 @@ def test_other_data_are_refused(settings: dict[str, Any], tmp_path: Path, tiny_s
         ({"hidden_weight": 0.1, "hidden_blocks": [7]}, "no block 7"),
         ({"gram_weight": 0.1, "student": "cifar_resnet20"}, "tokens"),
         ({"student": "cifar_resnet21"}, "cifar_resnet20"),
-        ({"student": "torchvision:resnet18"}, "32"),
+        ({"student": "timm:vit_tiny_patch16_224"}, "cannot take 32x32 images"),
         ({"teacher": "local-dir:/no/such/folder"}, "/no/such/folder"),
     ],
 )

@@ -21,7 +21,7 @@ from data import DataError
 from data.pack import pack
 from data.tar import find_shards
 from data.transforms import TrainTransform, sample_random
-from eval import throughput
+from eval import loading, throughput
 from eval.common import Spread, print_table, spread
 
 
@@ -49,6 +49,11 @@ def test_spread_is_numpys(count: int) -> None:
     assert found.n == count
 
 
+def test_ratios_are_formed_within_rounds() -> None:
+    """The middle round is slow for both and still gives its ratio."""
+    assert loading.ratio([200, 20, 210], [100, 8, 100]) == spread([2.0, 2.5, 2.1])
+
+
 def test_spread_of_one_and_its_text() -> None:
     assert spread([2.5]) == Spread(2.5, 2.5, 2.5, 1)
     assert str(Spread(1234.5, 1200.2, 1300.0, 5)) == "1,234 (1,200-1,300)"
@@ -65,7 +70,7 @@ def test_cpu_seconds_is_the_kernels_count() -> None:
     while time.process_time() < deadline:
         pass
     ticks = 3 / os.sysconf("SC_CLK_TCK")
-    assert throughput.cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=ticks)
+    assert loading.cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=ticks)
 
 
 def test_time_batches_counts_steady_state_only() -> None:
@@ -80,10 +85,10 @@ def test_time_batches_counts_steady_state_only() -> None:
             served.append(number)
             yield number
 
-    rate = throughput.time_batches(batches(), workers=0, images=3 * throughput.BATCH - 1)
-    assert rate.images == 3 * throughput.BATCH
+    rate = loading.time_batches(batches(), workers=0, images=3 * loading.BATCH - 1)
+    assert rate.images == 3 * loading.BATCH
     assert len(served) == 2 + 3
-    assert 0.03 <= rate.main < 0.06
+    assert 0.03 <= rate.main < 0.05  # with the warm-up it would be 0.05
     assert rate.workers == 0
     assert rate.per_cpu_second == rate.images / rate.main
     assert rate.wall >= 0.03
@@ -91,10 +96,10 @@ def test_time_batches_counts_steady_state_only() -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("pipeline", [throughput.webdataset_batches, throughput.our_batches])
+@pytest.mark.parametrize("pipeline", [loading.webdataset_batches, loading.our_batches])
 def test_pipelines_use_the_workers_and_end_them(pipeline: object, workers: int, shards: str) -> None:
     assert callable(pipeline)
-    rate = throughput.time_batches(pipeline(find_shards(shards), workers, 32), workers, images=640)
+    rate = loading.time_batches(pipeline(find_shards(shards), workers, 32), workers, images=640)
     assert rate.images == 640
     assert (rate.workers > 0) == (workers > 0)
     assert multiprocessing.active_children() == []
@@ -102,18 +107,18 @@ def test_pipelines_use_the_workers_and_end_them(pipeline: object, workers: int, 
 
 def test_pipelines_deliver_alike_batches(shards: str) -> None:
     """Both give batches of one shape and type with the labels of the shards."""
-    images, labels, keys = next(iter(throughput.webdataset_batches(find_shards(shards), 0, 32)))
-    with throughput.our_batches(find_shards(shards), 0, 32) as ours:
+    images, labels, keys = next(iter(loading.webdataset_batches(find_shards(shards), 0, 32)))
+    with loading.our_batches(find_shards(shards), 0, 32) as ours:
         batch = next(ours)
-    assert images.shape == batch["image"].shape == (throughput.BATCH, 3, 32, 32)
+    assert images.shape == batch["image"].shape == (loading.BATCH, 3, 32, 32)
     assert images.dtype == batch["image"].dtype
     assert set(labels.tolist()) == set(batch["label"].tolist()) == {0, 1}
-    assert len(set(keys)) == throughput.BATCH
+    assert len(set(keys)) == loading.BATCH
 
 
 @pytest.mark.timeout(200)
 def test_rows_table_and_figure(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = throughput.DataConfig(
+    config = loading.Config(
         data=shards,
         workers=(0, 1, 2),
         images=128,
@@ -122,7 +127,7 @@ def test_rows_table_and_figure(shards: str, tmp_path: Path, capsys: pytest.Captu
         rows=str(tmp_path / "deep" / "rows.jsonl"),
         figure=str(tmp_path / "figure.png"),
     )
-    rows = throughput.main_data(config)
+    rows = loading.main(config)
     assert [json.loads(line) for line in Path(config.rows).read_text().splitlines()] == json.loads(json.dumps(rows))
     by_name = {(row["metric"], row["subject"], row["workers"]): row for row in rows}
     assert len(by_name) == len(rows)
@@ -134,10 +139,6 @@ def test_rows_table_and_figure(shards: str, tmp_path: Path, capsys: pytest.Captu
         for metric in ("pipeline images per second", "pipeline images per CPU second"):
             assert {(metric, "ours", workers), (metric, "webdataset", workers)} <= set(by_name)
     assert ("rate over workers times the rate of one", "ours", 2) in by_name
-    quotient = by_name["ratio of decoding rates", "ours / published", None]
-    ours, published = (by_name["decoded images per CPU second", name, None] for name in ("ours", "published"))
-    # Two rounds: the ratio of each lies between the extremes of the rates, which the percentiles bound within a factor.
-    assert ours["p20"] / published["p80"] / 1.7 < quotient["value"] < 1.7 * ours["p80"] / published["p20"]
     table = capsys.readouterr().out.splitlines()
     assert len(table) == len(rows) + 3
     with Image.open(config.figure) as figure:
@@ -145,8 +146,8 @@ def test_rows_table_and_figure(shards: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_psnr_is_that_of_equal_crops(shards: str) -> None:
-    images = list(throughput.read_images(find_shards(shards)))[:3]
-    found = throughput.psnr(images, 32)["PSNR, dB", "ours against pil", None]
+    images = list(loading.read_images(find_shards(shards)))[:3]
+    found = loading.psnr(images, 32)["PSNR, dB", "ours against pil", None]
     values = []
     for number, data in enumerate(images):
         one, other = (
@@ -160,23 +161,27 @@ def test_psnr_is_that_of_equal_crops(shards: str) -> None:
 
 
 def test_enlarged_shards(shards: str, tmp_path: Path) -> None:
-    folder = throughput.enlarged(find_shards(shards), 120, 40, tmp_path)
+    folder = loading.enlarged(find_shards(shards), 120, 40, tmp_path)
     found = find_shards(folder)
     assert found.num_samples == 40
     assert len(found.shards) == 8
-    for data in throughput.read_images(found):
+    for data in loading.read_images(found):
         with Image.open(io.BytesIO(data)) as image:
             assert min(image.size) == 120
             assert image.format == "JPEG"
 
 
-def test_wrong_commands_are_one_line(shards: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_commands_are_one_line(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments in (["data", "--workers", "1,x"], ["data", "--image", "3"], ["dat"], ["data", "--rounds", "0"]):
         with pytest.raises(SystemExit) as stop:
             throughput.main(arguments)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+    rows = str(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="4 shards for 5 workers"):
-        throughput.main(["data", "--data", shards, "--workers", "5"])
+        throughput.main(["data", "--data", shards, "--workers", "5", "--rows", rows])
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*/file/rows.jsonl: "):
+        throughput.main(["data", "--data", shards, "--rows", str(tmp_path / "file" / "rows.jsonl")])
     with pytest.raises(DataError, match="nowhere"):
-        throughput.main(["data", "--data", "/nowhere/at/all"])
+        throughput.main(["data", "--data", "/nowhere/at/all", "--rows", rows])

@@ -273,6 +273,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (ArgumentError, ModelError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
