@@ -28,7 +28,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import json
 import os
 import tempfile
-from argparse import ArgumentError
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import DataError, demo_images
+from data.command import Parser
 from data.demo_images import CLASSES, Digits
 
 VERSION = 1  # raise it whenever a pixel, a label or the layout changes: it names the cache folder and seeds the drawing
@@ -299,19 +299,9 @@ def contact_sheet(drawn: dict[str, Drawn], path: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Builds the demo if needed and prints what is in it; returns the exit code."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Builds the built-in data set, once, and says what is in it.",
-    )
+    parser = Parser(prog="data/demo.py", description="Builds the built-in data set, once, and says what is in it.")
     parser.add_argument("--figure", type=str, help="image file (png, svg, pdf) to draw a contact sheet into")
-    try:
-        figure = parser.parse_args(arguments).figure
-    except ArgumentError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    figure = parser.parse_args(arguments).figure
     try:
         print(f"{Path(demo_shards('train')).parent}")
         for split in DEMO_SPLITS:

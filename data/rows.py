@@ -29,9 +29,22 @@ def append_row(path: Path, *, metric: str, value: float, **fields: Any) -> dict[
     """
     row = {"metric": metric, "value": value, **fields, **provenance()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, (json.dumps(row) + "\n").encode())
+    finally:
+        os.close(file)
     return row
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a small text file so that it is on disk, whole, or the old one stays."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def provenance() -> dict[str, Any]:

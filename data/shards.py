@@ -26,12 +26,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jsonargparse
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from data import DataError
+from data.command import Parser
 from data.pack import index_files, pack, write_json
 from data.parallel import Count, Progress, run_tasks
 from data.sources import LAYOUTS
@@ -244,23 +244,14 @@ def _shard_of(shards: ShardSet, number: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Says what is wrong with a command in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        print(f"error: {' '.join(message.split())} (see {command} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
 Quality = restricted_number_type("Quality", int, [(">=", 1), ("<=", 95)], join="and", docstring="JPEG quality, 1-95")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="data/shards.py", description="Write, check and look into shards.")
+def _parser() -> Parser:
+    parser = Parser(prog="data/shards.py", description="Write, check and look into shards.")
     commands = parser.add_subcommands()
 
-    command = _Parser(description="Write a labelled image collection as shards. An interrupted pack goes on.")
+    command = Parser(description="Write a labelled image collection as shards. An interrupted pack goes on.")
     command.add_argument("source", type=str, help="image folder, .tar[.gz|.xz|.bz2] archive, MNIST or CIFAR folder")
     command.add_argument("out", type=str, help="folder for the shards; new, empty, or of the same pack")
     layouts = "; ".join(f"{name}: {layout.explanation}" for name, layout in LAYOUTS.items())
@@ -296,8 +287,8 @@ def _parser() -> _Parser:
     return parser
 
 
-def _data_command(description: str) -> _Parser:
-    command = _Parser(description=description)
+def _data_command(description: str) -> Parser:
+    command = Parser(description=description)
     command.add_argument("data", type=str, nargs="+", help="folders, globs, brace lists or URLs of shards")
     command.add_argument("--allow_pipe", action="store_true", help="run `pipe:COMMAND` shards")
     return command

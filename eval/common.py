@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: command line, errors in one line, spread of repeated measurements, tables."""
+"""What the evaluation scripts share: errors in one line, spread of repeated measurements, tables."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import jsonargparse
+from typing import NoReturn
 
 from data import DataError
 from models import ModelError
-
-
-class Parser(jsonargparse.ArgumentParser):
-    """Says what is wrong with a command in one line, and exits with code 2. Flags are written in full."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        print(f"error: {' '.join(message.split())} (see {command} --help)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:

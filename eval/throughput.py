@@ -29,8 +29,9 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_string_type
 
+from data.command import Parser
 from eval import loading
-from eval.common import Parser, run_script
+from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
 

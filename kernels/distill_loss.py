@@ -5,8 +5,9 @@
     cosine  mean over rows of 1 - p·t / (max(‖p‖, 1e-8) · max(‖t‖, 1e-8))      torch's epsilon rule
 
 Shapes: features [..., D_s], weight [D_t, D_s], bias [D_t], target [..., D_t] with equal leading shapes; every leading
-index is a row. The arithmetic is float32 whatever the inputs are (float64 stays float64), so that a bf16 student and a
-bf16 teacher are compared without a second rounding.
+index is a row. The projection is computed in the features' type (under autocast, in autocast's); the distance and
+Gram matrices in float32 whatever the inputs are (float64 stays float64), also under autocast: a bf16 student and a bf16
+teacher are compared without a second rounding, and squares of fp16 features cannot overflow.
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ def projected_distill_loss(
         raise ValueError(f"features {tuple(features.shape)} and target {tuple(target.shape)} differ in shape")
     compute = torch.float64 if features.dtype == torch.float64 else torch.float32
     features, target = features.to(compute), target.detach().to(compute)
-    if kind == "mse":
-        return F.mse_loss(features, target)
-    if kind == "cosine":
-        return (1 - F.cosine_similarity(features, target, dim=-1, eps=1e-8)).mean()
+    with torch.autocast(features.device.type, enabled=False):
+        if kind == "mse":
+            return F.mse_loss(features, target)
+        if kind == "cosine":
+            return (1 - F.cosine_similarity(features, target, dim=-1, eps=1e-8)).mean()
     raise ValueError(f"kind must be 'mse' or 'cosine', not {kind!r}")
 
 
 def token_gram(tokens: Tensor) -> Tensor:
-    """Gram matrix X Xᵀ / √E of tokens [N, T, E] → [N, T, T] float32.
+    """Gram matrix X Xᵀ / √E of tokens [N, T, E] → [N, T, T] float32 (float64 for float64).
 
     What the published code distils as "attention weights" (its attention map is overwritten by this product of the
     layer-normalised tokens): no query, key, head or softmax is involved.
     """
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    return tokens @ tokens.transpose(1, 2) / tokens.shape[-1] ** 0.5
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = (tokens if tokens.dtype == torch.float64 else tokens.float()) * tokens.shape[-1] ** -0.25
+        return tokens @ tokens.transpose(1, 2)

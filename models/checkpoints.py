@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from models import ModelError
 
+log = logging.getLogger("shiftlens")
 MANIFEST = "manifest.json"
 _STATE = "state.json"
 
@@ -42,20 +44,12 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Writes a small text file so that it is on disk, whole, or not there under its name."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2
 ) -> Path:
-    """Writes `folder/step_XXXXXXXX` atomically and then removes all but the newest `keep` checkpoints.
+    """Writes `folder/step_XXXXXXXX` atomically and then removes all but the newest `keep` up to this step.
+
+    Checkpoints of later steps are left alone; a run that goes back behind them calls `set_aside_after` first.
 
     Args:
         folder: the run's checkpoint folder, made if missing.
@@ -86,9 +80,9 @@ def save_checkpoint(
         temporary.mkdir()
         for group, entries in tensors.items():
             # clone() would double memory; contiguous() copies only channels-last tensors, which the format cannot hold
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in entries.items()}, temporary / f"{group}.safetensors"
-            )
+            file = temporary / f"{group}.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in entries.items()}, file)
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
         (temporary / _STATE).write_text(json.dumps({**state, "step": step}, indent=1) + "\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         for name in files:
@@ -96,8 +90,6 @@ def save_checkpoint(
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n")
         _sync(temporary / MANIFEST)
         _sync(temporary)
-        if final.exists():  # an invalid checkpoint of the same step, or the same step saved twice
-            shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -108,9 +100,28 @@ def save_checkpoint(
         raise ModelError(
             f"checkpoint at step {step}: {what} in {folder} ({error}); older checkpoints are kept"
         ) from error
-    for old in sorted(folder.glob("step_*"))[: -max(keep, 1)]:
-        shutil.rmtree(old)
+    for old in sorted(path for path in folder.glob("step_*") if path.name <= final.name)[: -max(keep, 1)]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # a network file system keeps a file that somebody still has open
+            log.warning("old checkpoint %s could not be removed: %s", old, error)
     return final
+
+
+def set_aside_after(folder: Path, step: int, chosen: Path | None = None) -> list[Path]:
+    """Renames the checkpoints of later steps, and of this one unless `chosen`, so that nothing continues from them.
+
+    A run that goes back (to an older checkpoint, or past damaged ones) leaves them behind as `abandoned_step_…`.
+    """
+    moved = []
+    for path in sorted(folder.glob("step_*")):
+        if path.name >= checkpoint_name(step) and (chosen is None or path.resolve() != chosen.resolve()):
+            target = path.with_name(f"abandoned_{path.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            path.rename(target)
+            moved.append(target)
+    return moved
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -134,9 +145,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise ModelError(f"{path / MANIFEST}: bad entry {name!r}")
         if not file.is_file():
             raise ModelError(f"{file}: missing, though the manifest lists it")
-        if file.stat().st_size != entry.get("bytes"):
-            raise ModelError(f"{file}: {file.stat().st_size} bytes, the manifest says {entry.get('bytes')}")
-        if _sha256(file) != entry.get("sha256"):
+        try:
+            size, digest = file.stat().st_size, _sha256(file)
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
+        if size != entry.get("bytes"):
+            raise ModelError(f"{file}: {size} bytes, the manifest says {entry.get('bytes')}")
+        if digest != entry.get("sha256"):
             raise ModelError(f"{file}: SHA-256 differs from the manifest: the file was altered or damaged")
     try:
         state = json.loads((path / _STATE).read_text())
@@ -172,9 +187,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str
             value = tensors.get(f"{name}/{key}")
             if value is None:
                 raise ModelError(f"checkpoint lacks the optimiser state {name}/{key}")
-            if key != "step":
-                value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
-            state.setdefault(i, {})[key] = value
+            shape = parameter if key != "step" else value
+            if value.shape != shape.shape:
+                raise ModelError(f"checkpoint: optimiser state {name}/{key} has shape {list(value.shape)}")
+            # A copy: the loaded tensor is a window on the file, which would stay open for the whole run.
+            state.setdefault(i, {})[key] = torch.empty_like(shape, dtype=value.dtype, device="cpu").copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -20,6 +20,7 @@ from models.checkpoints import (
     newest_checkpoint,
     optimizer_tensors,
     save_checkpoint,
+    set_aside_after,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,16 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_name(3), checkpoint_name(10)]
+
+
+def test_pruning_never_touches_what_was_just_saved(tmp_path: Path) -> None:
+    for step in (4, 8):
+        save_checkpoint(tmp_path, step, tensors(), {})
+    saved = save_checkpoint(tmp_path, 2, tensors(), {}, keep=1)
+    assert load_checkpoint(saved).step == 2
+    moved = set_aside_after(tmp_path, 2, saved)
+    assert [p.name for p in moved] == ["abandoned_step_00000004", "abandoned_step_00000008"]
+    assert [p.name for p in tmp_path.glob("step_*")] == [checkpoint_name(2)]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no manifest", "bad manifest", "missing file", "path in manifest"])

@@ -51,7 +51,7 @@ def test_learning_rate_is_the_published_one(goldens: Path) -> None:
 
 def test_step_seeds_differ() -> None:
     seeds = {
-        step_seed(seed, step, rank) for seed in (0, 1, 65535) for step in (0, 1, 2**31 - 1) for rank in (0, 7, 65535)
+        step_seed(seed, step, rank) for seed in (0, 1, 65536) for step in (0, 1, 2**31 - 1) for rank in (0, 7, 65535)
     }
     assert len(seeds) == 27
     assert all(0 <= s < 2**63 for s in seeds)
@@ -64,6 +64,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     assert (config.lr, config.epochs, config.hidden_blocks) == (1e-4, 7, [0, 1])
     assert config.weight_decay == 0.05
     assert parse().data == "demo"
+    assert parse("--data=demo", "--lr", "0.5") == dataclasses.replace(parse(), lr=0.5)
     assert parse("--data", "shards").teacher == "open_clip:RN50/openai"
 
 
@@ -81,6 +82,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
         (["--max_bad_fraction", "2", "--data", "x"], "max_bad_fraction"),
         (["--feature_weight", "0", "--data", "x"], "all loss weights"),
         (["--epochs", "0", "--data", "x"], "give --epochs or --steps"),
+        (["--gram_weight", "1", "--gram_blocks", "[]", "--data", "x"], "--gram_blocks names no block"),
         (["--config", "/no/such/file.yaml"], "No such file"),
         (["--config", str(RECIPES / "rn50.yaml")], "--data is missing"),
     ],
@@ -167,6 +169,11 @@ def test_help_answers_without_importing_torch() -> None:
             },
             "no main process at 127.0.0.1:1",
         ),
+        (
+            [],
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "SHIFTLENS_RENDEZVOUS_SECONDS": "soon"},
+            "SHIFTLENS_RENDEZVOUS_SECONDS must be",
+        ),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 has no effect on a CPU"),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported"),
         ([], {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported"),
@@ -182,6 +189,19 @@ def test_wrong_launches_exit_2_with_one_line(
     line = result.stderr.strip().splitlines()[-1]
     assert expected in line
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.launch
+def test_accelerates_default_file_is_looked_at_too(tmp_path: Path) -> None:
+    """MULTI_CPU with two processes in the user's default file: accelerate starts one."""
+    (tmp_path / "accelerate").mkdir()
+    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "num_processes": 2}
+    settings |= {"num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "use_cpu": True}
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train/distill.py"]
+    result = run([*command, "--out", str(tmp_path / "x")], HF_HOME=str(tmp_path))
+    assert result.returncode != 0
+    assert "2 processes were asked for but 1 runs" in result.stderr
 
 
 @pytest.mark.launch

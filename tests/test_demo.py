@@ -158,7 +158,8 @@ def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err.splitlines() == [
         f"error: cannot build the demo in {tmp_path / 'file'}: File exists; set SHIFTLENS_CACHE to another folder"
     ]
-    assert demo.main(["--figur", "x.png"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--figur", "x.png"])
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -229,6 +229,90 @@ def test_compiled_run_has_the_losses_of_the_eager_one(settings: dict[str, Any], 
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+def test_bf16_run_has_nearly_the_losses_of_float32(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"hidden_weight": 0.1, "gram_weight": 0.1, "student": "", "out": str(tmp_path / "bf16")}
+    result = subprocess.run(
+        [sys.executable, "train/distill.py", *flags(settings)],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "bf16" / "env.json").read_text())["mixed_precision"] == "bf16"
+    main(Config(**{**settings, "out": str(tmp_path / "float32")}))
+    exact, rounded = rows(tmp_path / "float32"), rows(tmp_path / "bf16")
+    assert exact[0]["loss"] != rounded[0]["loss"]
+    for a, b in zip(exact, rounded, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05), a["step"]
+
+
+def test_pieces_of_a_batch_that_lost_rows(settings: dict[str, Any], tmp_path: Path) -> None:
+    """16 pieces of one row each, and unusable images in the batch: the rest trains, the loss is counted."""
+    import webdataset
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with webdataset.TarWriter(str(shards / "000000.tar"), encoder=False) as writer:
+        source = Path(settings["data"]) / "000000.tar"
+        for i, sample in enumerate(webdataset.WebDataset(str(source), shardshuffle=False)):
+            image = b"not an image" if i in (3, 20) else sample["png"]
+            writer.write({"__key__": sample["__key__"], "png": image, "cls": sample["cls"]})
+    (shards / "sizes.json").write_text('{"000000.tar": 50}')
+    settings |= {"data": str(shards), "accumulate": 16, "steps": 3, "max_bad_fraction": 0.1}
+    result = main(Config(**settings))
+    assert result["skipped_steps"] == 0
+    (report,) = result["data_reports"]
+    assert report["bad"] == 2
+    assert report["samples"] == 46
+
+
+def test_initialisation_follows_the_seed(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also of a student whose library's own initialisation is kept."""
+    settings |= {"student": "timm:test_vit", "teacher": "timm:test_vit/" + str(tmp_path / "t.safetensors"), "steps": 1}
+    from safetensors.torch import save_file
+
+    save_file(dict(load_encoder("timm:test_vit", weights=False).tower.state_dict()), tmp_path / "t.safetensors")
+    losses = [
+        main(Config(**{**settings, "seed": s, "out": str(tmp_path / f"{i}")}))["loss"] for i, s in enumerate((0, 0, 5))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_teacher_that_changed_under_the_same_name_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    weights = small_weights(tmp_path)
+    settings |= {"teacher": f"cifar_resnet20/{weights}"}
+    main(Config(**settings))
+    small_weights(tmp_path, seed=3)
+    with pytest.raises(ConfigError, match="not those that the checkpoint was made with"):
+        main(Config(**{**settings, "steps": 12}))
+
+
+def test_no_valid_checkpoint_is_an_error_and_not_a_fresh_start(settings: dict[str, Any]) -> None:
+    main(Config(**settings))
+    logged = rows(settings["out"])
+    for checkpoint in (Path(settings["out"]) / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ModelError, match="none of 2 checkpoints is valid"):
+        main(Config(**settings))
+    assert rows(settings["out"]) == logged
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_newer_ones_behind(settings: dict[str, Any]) -> None:
+    main(Config(**settings))
+    whole = weights_after(settings["out"])
+    checkpoints = Path(settings["out"]) / "checkpoints"
+    main(Config(**{**settings, "resume": str(checkpoints / "step_00000004"), "save_every": 6}))
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "abandoned_step_00000008",
+        "step_00000006",
+        "step_00000008",
+    ]
+    assert all(torch.equal(whole[k], v) for k, v in weights_after(settings["out"]).items())
+    assert [row["step"] for row in rows(settings["out"])] == list(range(8))
+
+
 def test_a_tracker_that_is_not_there_is_an_error_and_not_silence(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--tracker aim: its package is not installed"):
         main(Config(**{**settings, "tracker": "aim"}))
@@ -263,17 +347,17 @@ def test_resume_with_breaking_changes_is_refused(
 
 
 def test_resume_may_change_the_learning_rate_and_says_so(
-    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     main(Config(**settings))
-    with caplog.at_level("INFO"):
-        main(Config(**{**settings, "steps": 10, "lr": 1e-4}))
+    main(Config(**{**settings, "steps": 10, "lr": 1e-4}))
     assert len(rows(settings["out"])) == 10
+    assert "setting changed since the checkpoint: lr 0.001 -> 0.0001" in capfd.readouterr().err
 
 
 def test_other_data_are_refused(settings: dict[str, Any], tmp_path: Path, tiny_shards: Path) -> None:
     main(Config(**settings))
-    with pytest.raises(ConfigError, match="the data are not the checkpoint's"):
+    with pytest.raises(ConfigError, match="not the data of the checkpoint"):
         main(Config(**{**settings, "steps": 12, "data": str(tiny_shards / "00000{0,1}.tar")}))
 
 
@@ -303,10 +387,10 @@ def test_projectors_bridge_widths(settings: dict[str, Any], tmp_path: Path) -> N
     assert names["model/hidden_projectors.0.weight"].shape == (16, 64)
 
 
-def small_weights(folder: Path) -> Path:
+def small_weights(folder: Path, seed: int = 0) -> Path:
     from safetensors.torch import save_file
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = load_encoder("cifar_resnet20", weights=False)
     save_file(dict(net.tower.state_dict()), folder / "teacher.safetensors")
     return folder / "teacher.safetensors"
@@ -352,6 +436,26 @@ def test_a_non_finite_step_is_skipped_and_counted(settings: dict[str, Any], monk
     assert sum(row["loss"] is None for row in rows(settings["out"])) == 1
 
 
+def test_a_skipped_step_leaves_no_trace_in_batch_norm(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student's own forward pass overflows in one step: running statistics must survive it, and be saved."""
+    from torch.nn.modules.conv import Conv2d
+
+    original, calls = Conv2d.forward, [0]
+
+    def overflow(self: Conv2d, images: torch.Tensor) -> torch.Tensor:
+        output = original(self, images)
+        calls[0] += self.training
+        return output * float("inf") if self.training and calls[0] == 60 else output
+
+    monkeypatch.setattr(Conv2d, "forward", overflow)
+    result = main(Config(**{**settings, "student": "cifar_resnet20"}))
+    assert calls[0] > 60
+    assert result["skipped_steps"] == 1
+    assert all(bool(torch.isfinite(t.float()).all()) for t in weights_after(settings["out"]).values())
+
+
 def test_steps_that_stay_non_finite_end_the_run_with_the_checkpoint_kept(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +497,7 @@ def test_nothing_is_pickled(settings: dict[str, Any], monkeypatch: pytest.Monkey
         monkeypatch.setattr(pickle, name, lambda *a, **k: pytest.fail("something was unpickled"))
     monkeypatch.setattr(pickle, "Unpickler", NoUnpickler)
     monkeypatch.setattr(torch.serialization.pickle, "Unpickler", NoUnpickler)
+    main(Config(**{**settings, "steps": 10}))  # saving and continuing need no pickle either
     files = [p for p in Path(settings["out"]).rglob("*") if p.is_file()]
     assert len(files) >= 12
     for file in files:
@@ -445,9 +550,54 @@ def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> No
 
 @pytest.mark.launch
 @pytest.mark.timeout(400)
+def test_two_processes_continue_what_one_began(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Only rank 0 sees the checkpoint's folder; weights, optimiser and cursor reach the other rank."""
+    settings |= {"steps": 30, "workers": 1, "save_every": 20}
+    one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
+    main(Config(**one))
+    two["resume"] = str(tmp_path / "one" / "checkpoints" / "step_00000020")
+    result = launch(["--config_file", "train/launch/cpu_2_processes.yaml"], two)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = rows(one["out"])[20:], rows(two["out"])
+    assert [row["step"] for row in second] == list(range(20, 30))
+    for a, b in zip(first, second, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+
+
+@pytest.mark.launch
+def test_a_fault_on_one_rank_ends_all_with_one_line(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"data": str(tmp_path / "nowhere"), "workers": 0}
+    result = launch(["--config_file", "train/launch/cpu_2_processes.yaml"], settings)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert str(tmp_path / "nowhere") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.launch
+def test_sigterm_to_the_launcher_of_one_process_saves(settings: dict[str, Any]) -> None:
+    """`accelerate launch` dies of SIGTERM without passing it on; the run notices that its launcher is gone."""
+    settings |= {"steps": 5000, "save_every": 5000}
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [accelerate, "launch", "--quiet", "--num_processes", "1", "train/distill.py", *flags(settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    messages = process.stderr.read()  # until the run itself has closed it
+    process.wait(timeout=60)
+    found, _ = newest_checkpoint(Path(settings["out"]) / "checkpoints")
+    assert found is not None, messages
+    assert f"saved at step {found.step} of 5000" in messages
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(400)
 def test_kill_at_ten_random_moments_always_resumes(settings: dict[str, Any], tmp_path: Path) -> None:
     """A run that saves every 2 steps is killed with SIGKILL ten times; it ends with the weights of an unbroken run."""
-    settings |= {"steps": 60, "save_every": 2, "keep": 2}
+    settings |= {"steps": 60, "save_every": 2, "keep": 2, "workers": 1}
     whole = settings | {"out": str(tmp_path / "whole")}
     main(Config(**whole))
     generator = random.Random(0)

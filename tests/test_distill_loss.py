@@ -42,6 +42,20 @@ def test_low_precision_inputs_are_compared_in_float32(dtype: torch.dtype) -> Non
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_precision_of_distances(dtype: torch.dtype) -> None:
+    """2048 channels of value 8: their product 131072 is beyond fp16, the Gram entry 2896 is not."""
+    tokens = torch.full((1, 2, 2048), 8.0)
+    features, target = torch.randn(8, 32), torch.randn(8, 32)
+    with torch.autocast("cpu", dtype):
+        gram = token_gram(tokens.to(dtype))
+        losses = [projected_distill_loss(features, None, None, target, kind) for kind in ("mse", "cosine")]
+    assert gram.dtype == torch.float32
+    assert gram[0, 0, 1].item() == pytest.approx(64 * 2048**0.5, rel=1e-5)
+    for kind, loss in zip(("mse", "cosine"), losses, strict=True):
+        assert loss.item() == projected_distill_loss(features, None, None, target, kind).item()  # type: ignore[arg-type]
+
+
 def test_no_gradient_reaches_the_target() -> None:
     features, target = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     projected_distill_loss(features, None, None, target).backward()

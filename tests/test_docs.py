@@ -40,12 +40,16 @@ def test_named_scripts_take_the_flags_shown(command: str) -> None:
     )
     assert help_text.returncode == 0, help_text.stderr
     for flag in re.findall(r"--\w+", own):
-        assert flag in help_text.stdout, f"{flag} is no flag of {script.group(1)}"
+        assert re.search(rf"{flag}\b(?!_)", help_text.stdout), f"{flag} is no flag of {script.group(1)}"
     if "accelerate launch" in launcher:
         from accelerate.commands.launch import launch_command_parser
 
         known = {option for action in launch_command_parser()._actions for option in action.option_strings}
         assert set(re.findall(r"--\w+", launcher)) <= known
+
+
+def test_pages_are_written() -> None:
+    assert all(len(page.read_text()) > 500 for page in PAGES)
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from data import DataError
-from data.rows import provenance
+from data.rows import provenance, write_synced
 from models import ModelError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ConfigError(Exception):
 
 
 class LaunchError(ConfigError):
-    """A world that is not the one asked for; other ranks may not see it, so each reports its own."""
+    """A setting that this process found impossible and others may not: it reports so itself, whatever its rank."""
 
 
 class StopRequested(Exception):
@@ -62,7 +63,8 @@ def option(default: Any, help: str) -> Any:
 def parse_config(cls: type[ConfigType], argv: list[str], description: str, recipe: str) -> ConfigType:
     """Reads flags and `--config FILE.yaml` into the frozen dataclass `cls`; flags win over the file.
 
-    Without `--data` and `--config` the built-in demo's recipe is read first, so that a bare command runs.
+    Without `--config`, and without `--data` or with `--data demo`, the built-in demo's recipe is read first, so that a
+    bare command runs.
 
     Raises:
         ConfigError: unknown keys, wrong types, impossible values, an unreadable file: one line.
@@ -82,21 +84,23 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, help=field.metadata["help"])
-    flags = [argument.split("=")[0] for argument in argv]
-    if "--data" not in flags and "--config" not in flags:
+    if not any(_values(argv, "--config")) and all(value == "demo" for value in _values(argv, "--data")):
         argv = ["--config", str(RECIPES / recipe), *argv]
-    for path in _config_files(argv):
-        _refuse_duplicate_keys(path)
+    for value in _values(argv, "--config"):
+        _refuse_duplicate_keys(Path(value))
     settings = vars(parser.parse_args(argv))
     settings.pop("config", None)
     return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
-def _config_files(argv: list[str]) -> Iterator[Path]:
+def _values(argv: list[str], flag: str) -> list[str]:
+    """What stands behind each `--flag VALUE` or `--flag=VALUE`."""
+    found = []
     for i, argument in enumerate(argv):
-        name, _, value = argument.partition("=")
-        if name == "--config" and (value or i + 1 < len(argv)):
-            yield Path(value or argv[i + 1])
+        name, equals, value = argument.partition("=")
+        if name == flag and (equals or i + 1 < len(argv)):
+            found.append(value if equals else argv[i + 1])
+    return found
 
 
 def _refuse_duplicate_keys(path: Path) -> None:
@@ -118,29 +122,35 @@ def _refuse_duplicate_keys(path: Path) -> None:
 def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], description: str, recipe: str) -> NoReturn:
     """Parses, runs, and turns every error a user can cause into one line and an exit code.
 
-    Exit codes: 0 done; 1 data, model or checkpoint error; 2 wrong setting; 130 or 143 stopped by Ctrl-C or SIGTERM,
-    after saving where there was something to save.
+    Exit codes: 0 done; 1 data, model, checkpoint or disk error; 2 wrong setting or launch; 130 or 143 stopped by Ctrl-C
+    or SIGTERM, after saving where there was something to save.
     """
+    from train.launching import PeerError
+
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    where = f"[rank {rank}] " if world > 1 else ""
+    code, line = 0, ""
     try:
         main(parse_config(cls, sys.argv[1:], description, recipe))
-        code = 0
     except ConfigError as error:
-        code = 2
-        if rank == 0 or isinstance(error, LaunchError):  # all ranks read the same settings; a line each would be noise
-            print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        # All ranks read the same settings: a line each would be noise.
+        code, line = 2, f"error: {error}" if rank == 0 or isinstance(error, LaunchError) else ""
     except (DataError, ModelError) as error:
+        code, line = 1, f"error: {error}"
+    except OSError as error:  # a full or vanished disk; anything else that the system refuses
+        code, line = 1, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except PeerError:
         code = 1
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
     except StopRequested as stop:
-        code = stop.code
-        if rank == 0:
-            print(stop, file=sys.stderr, flush=True)
+        code, line = stop.code, str(stop) if rank == 0 else ""
     except KeyboardInterrupt:
-        code = 130
-        if rank == 0:
-            print("stopped before the first step; nothing was saved", file=sys.stderr, flush=True)
+        code, line = 130, "stopped before the run began" if rank == 0 else ""
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here, so that --help stays fast
+            raise
+        reason = str(error).splitlines()[0]
+        code, line = 1, f"error: {reason} Use a smaller --batch_size, more --accumulate pieces, or bf16."
+    if line:
+        print(f"[rank {rank}] {line}" if world > 1 and code in (1, 2) else line, file=sys.stderr, flush=True)
     _leave_process_group()
     sys.exit(code)
 
@@ -170,18 +180,14 @@ class RunFolder:
         import filelock
 
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / ".lock").touch()
-            if not os.access(path, os.W_OK):
-                raise PermissionError(13, "Permission denied")
-        except OSError as error:
-            raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
         self._lock = filelock.FileLock(path / ".lock")
         try:
+            path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ConfigError(f"--out {path}: another run is using this folder") from None
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error})") from None
         others = sorted(p.name for p in path.iterdir() if p.name != ".lock")
         if others and not (path / "config.yaml").is_file():
             raise ConfigError(
@@ -198,7 +204,7 @@ class RunFolder:
     def write_config(self, config: Any) -> None:
         import yaml
 
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        write_synced(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def write_environment(self, accelerator: Accelerator) -> None:
         import torch
@@ -212,7 +218,7 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
         }
-        (self.path / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+        write_synced(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl; numbers that are not finite become null, which JSON has."""
@@ -222,9 +228,16 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows; a line cut short by a kill is left out."""
+        return self._rows("metrics.jsonl")
+
+    def results(self) -> list[dict[str, Any]]:
+        """The results reported so far."""
+        return self._rows("results.jsonl")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
         rows = []
-        if (self.path / "metrics.jsonl").is_file():
-            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+        if (self.path / name).is_file():
+            for line in (self.path / name).read_text().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     rows.append(json.loads(line))
         return rows
@@ -232,23 +245,29 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drops rows of steps that a resumed run will do again, so that the curve has each step once."""
         kept = [row for row in self.metrics() if row["step"] < step]
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_synced(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def checkpoint_to_continue(config: Any, out: Path, fixed: Sequence[str]) -> Checkpoint | None:
     """The checkpoint that `config.resume` names, or None to start from scratch.
 
-    1. `--resume PATH`: that one, valid or an error; 2. `auto`: the newest valid one of the run folder, older ones being
-    the fallback; 3. `none`: from scratch. Changed settings are listed; a change of one in `fixed` is an error.
+    1. `--resume PATH`: that one, valid or an error; 2. `auto`: the newest valid one of the run folder, newer invalid
+    ones being named; 3. `none`, or an empty folder: from scratch. Changed settings are listed; a change of one in
+    `fixed` is an error.
 
     Raises:
-        ConfigError: a setting that the checkpoint depends on has changed. ModelError: --resume PATH is not valid.
+        ConfigError: a setting that the checkpoint depends on has changed.
+        ModelError: --resume PATH is not valid, or none of the checkpoints that are there is.
     """
     from models.checkpoints import load_checkpoint, newest_checkpoint
 
     checkpoint = None
     if config.resume == "auto":
         checkpoint, skipped = newest_checkpoint(out / "checkpoints")
+        if checkpoint is None and skipped:
+            raise ModelError(
+                f"{out}: none of {len(skipped)} checkpoints is valid; use another --out (newest: {skipped[0]})"
+            )
         for reason in skipped:
             log.warning("checkpoint passed over: %s", reason)
     elif config.resume != "none":
@@ -299,8 +318,8 @@ class Progress:
         self.bar = (
             tqdm(total=total, initial=first, unit="step", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
         )
-        self._reference = (first, time.perf_counter())
-        self._warm = False
+        self._start = self._warm = (first, time.perf_counter())
+        self._done = first
         self._window = time.perf_counter()
         self._waited = 0.0
 
@@ -312,23 +331,23 @@ class Progress:
         self._waited += time.perf_counter() - start
 
     def step_done(self, step: int) -> None:
-        if not self._warm and step + 1 - self._reference[0] >= self.WARMUP_STEPS:
-            self._reference, self._warm = (step + 1, time.perf_counter()), True
+        self._done = step + 1
+        if self._done == self._start[0] + self.WARMUP_STEPS:
+            self._warm = (self._done, time.perf_counter())
         if self.bar:
             self.bar.update(1)
 
-    def rates(self, step: int) -> dict[str, float]:
+    def rates(self) -> dict[str, float]:
         """images_per_second (mean since warm-up), data_wait_share of the time since the last call, seconds_left."""
         now = time.perf_counter()
-        first, since = self._reference
-        done = max(step + 1 - first, 0)
-        seconds_per_step = (now - since) / done if done else float("nan")
+        first, since = self._warm if self._done > self._warm[0] else self._start
+        seconds_per_step = (now - since) / max(self._done - first, 1)
         share = self._waited / max(now - self._window, 1e-9)
         self._window, self._waited = now, 0.0
         return {
-            "images_per_second": round(self.images_per_step / seconds_per_step, 2) if done else 0.0,
+            "images_per_second": round(self.images_per_step / seconds_per_step, 2),
             "data_wait_share": round(share, 4),
-            "seconds_left": round(seconds_per_step * (self.total - step - 1), 1) if done else 0.0,
+            "seconds_left": round(seconds_per_step * (self.total - self._done), 1),
         }
 
     def show(self, step: int, row: dict[str, Any]) -> None:
@@ -349,8 +368,8 @@ class Progress:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A distinct 63-bit seed for each (seed, step, rank) with step < 2^31 and rank < 2^16."""
-    return ((seed & 0xFFFF) << 47) | (step << 16) | rank
+    """63 bits for torch.manual_seed that differ between (seed, step, rank), up to the chance of a hash collision."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8]) >> 1
 
 
 def memory_mib(device: torch.device) -> float:

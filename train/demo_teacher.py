@@ -21,7 +21,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import json
 import math
 import time
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,15 +251,12 @@ Digits, UCI Machine Learning Repository, 1998 (CC BY 4.0). The weights are under
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains, and returns the exit code."""
-    from jsonargparse import ArgumentParser
     from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
     from models import ModelError
 
     default = Config()
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, description="Trains the teacher of the built-in demo."
-    )
+    parser = Parser(prog="train/demo_teacher.py", description="Trains the teacher of the built-in demo.")
     parser.add_argument("--out", type=str, default=default.out, help="folder to write")
     parser.add_argument("--epochs", type=PositiveInt, default=default.epochs, help="each draws all pictures anew")
     parser.add_argument("--batch_size", type=PositiveInt, default=default.batch_size, help="pictures a step")
@@ -268,11 +264,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         "--learning_rate", type=PositiveFloat, default=default.learning_rate, help="highest, of the image tower"
     )
     parser.add_argument("--seed", type=NonNegativeInt, default=default.seed, help="of drawing, weights and order")
+    config = Config(**parser.parse_args(arguments).as_dict())
     try:
-        main(Config(**parser.parse_args(arguments).as_dict()))
-    except (ArgumentError, ModelError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+        main(config)
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -53,6 +53,8 @@ from train.launching import Agreement, StopSignals, start_accelerator, start_tra
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from models.checkpoints import Checkpoint
+
 # A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
 MAX_NONFINITE_STEPS = 25
 Tracker = Literal[
@@ -130,6 +132,9 @@ class Config:
             raise ConfigError("all loss weights are 0")
         if 0 < self.restart_every <= self.warmup_steps:
             raise ConfigError(f"--restart_every {self.restart_every} must be above --warmup_steps {self.warmup_steps}")
+        for name in ("hidden", "gram"):
+            if getattr(self, f"{name}_weight") and not getattr(self, f"{name}_blocks"):
+                raise ConfigError(f"--{name}_weight is above 0 but --{name}_blocks names no block")
         if not self.data:
             raise ConfigError("--data is missing: shards, or `demo` for the built-in digits")
 
@@ -161,7 +166,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     out = Path(config.out)
     accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(world)
+    agreement = Agreement(rank, world)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
     log = logging.getLogger("shiftlens")
     if config.batch_size % (world * config.accumulate):
@@ -175,53 +180,57 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     from data import demo
     from data.stream import open_stream
     from data.transforms import TrainTransform, unit_interval
-    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint
-    from models.distiller import Distiller
+    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint, set_aside_after
+    from models.distiller import BatchStatistics, Distiller
     from models.encoders import load_encoder
     from models.export import export_student
     from models.initialise import copy_attention, freeze_norm_stats, reset_parameters
-    from models.weights import state_sha256, write_safetensors
+    from models.weights import load_into, state_sha256, write_safetensors
 
-    # Only rank 0 touches the run folder; the others learn whether that went well before anybody computes.
+    # --- Run folder and checkpoint ------------------------------------------------------------------------------------
+    # Only rank 0 touches the folder: the others need not see its disk, and all continue from the same step.
     folder: RunFolder | None = None
-    problem: Exception | None = None
-    if rank == 0:
-        try:
+    checkpoint: Checkpoint | None = None
+    with agreement.together():
+        if rank == 0:
             folder = RunFolder(out, fresh=config.resume == "none")
             resources.callback(folder.close)
-        except ConfigError as error:
-            problem = error
-    if agreement.largest(int(problem is not None))[0]:
-        raise problem or ConfigError("rank 0 could not open the run folder")
+            checkpoint = checkpoint_to_continue(config, out, FIXED)
+            for path in set_aside_after(out / "checkpoints", checkpoint.step, checkpoint.path) if checkpoint else []:
+                log.warning("checkpoint set aside: %s", path)
+    first, state = agreement.share((checkpoint.step, checkpoint.state) if checkpoint else (0, None))
 
     # --- Models -------------------------------------------------------------------------------------------------------
-    checkpoint = checkpoint_to_continue(config, out, FIXED)
     teacher_name = demo.DEMO_TEACHER if config.teacher == "demo" else config.teacher
-    teacher = load_encoder(teacher_name).eval().requires_grad_(False)
-    student = load_encoder(config.student or teacher_name, weights=False)
     torch.manual_seed(config.seed)
-    try:
-        reset_parameters(student)
-    except ModelError as error:
-        log.warning("student  keeps its library's own initialisation: %s", error)
-    if config.init == "teacher_attention":
-        copy_attention(student, teacher)
-    # A term with weight 0 is not computed at all.
-    hidden_blocks = config.hidden_blocks if config.hidden_weight else []
-    gram_blocks = config.gram_blocks if config.gram_weight else []
-    distiller = Distiller(
-        student,
-        teacher,
-        kind=config.kind,
-        feature_weight=config.feature_weight,
-        hidden_weight=config.hidden_weight,
-        hidden_blocks=hidden_blocks,
-        gram_weight=config.gram_weight,
-        gram_blocks=gram_blocks,
-    ).train()
-    if config.norm_stats == "teacher":
-        freeze_norm_stats(student, teacher)
-    teacher_hash = state_sha256(teacher.state_dict())
+    with agreement.together():
+        teacher = load_encoder(teacher_name).eval().requires_grad_(False)
+        student = load_encoder(config.student or teacher_name, weights=False)
+        teacher_hash = state_sha256(teacher.state_dict())
+        if state and state["teacher_sha256"] != teacher_hash:
+            raise ConfigError(
+                f"--teacher {config.teacher}: its weights are not those that the checkpoint was made with"
+            )
+        try:
+            reset_parameters(student)
+        except ModelError as error:
+            log.warning("student  keeps its library's own initialisation: %s", error)
+        if config.init == "teacher_attention":
+            copy_attention(student, teacher)
+        distiller = Distiller(
+            student,
+            teacher,
+            kind=config.kind,
+            feature_weight=config.feature_weight,
+            hidden_weight=config.hidden_weight,
+            hidden_blocks=config.hidden_blocks if config.hidden_weight else [],  # weight 0: not computed at all
+            gram_weight=config.gram_weight,
+            gram_blocks=config.gram_blocks if config.gram_weight else [],
+        ).train()
+        if config.norm_stats == "teacher":
+            freeze_norm_stats(student, teacher)
+        if checkpoint is not None:
+            load_into(distiller, checkpoint.tensors["model"], checkpoint.path)
     teacher = teacher.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     distiller = distiller.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
@@ -237,22 +246,24 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     # --- Optimiser ----------------------------------------------------------------------------------------------------
     # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    first = 0
-    if checkpoint is not None:
-        first = checkpoint.step
-        missing, unexpected = distiller.load_state_dict(checkpoint.tensors["model"], strict=False)
-        if missing or unexpected:
-            raise ModelError(
-                f"{checkpoint.path}: weights do not fit the student: {(list(missing) + list(unexpected))[0]}"
-            )
-        load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"])
+    if state is not None:
+        with agreement.together():
+            # Other ranks only need the right shapes: rank 0's values are sent to them.
+            template = {
+                f"{n}/{k}": p.cpu() for n, p in zip(names, parameters, strict=True) for k in ("exp_avg", "exp_avg_sq")
+            }
+            template |= {f"{n}/step": torch.tensor(0.0) for n in names}
+            load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"] if checkpoint else template)
+        agreement.broadcast([*distiller.state_dict().values(), *optimizer_tensors(optimizer, names).values()])
+    checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
+    statistics = BatchStatistics(student)
     if config.compile:
         teacher.compile()
         distiller.compile()
     # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
     model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
-    if checkpoint is not None and accelerator.scaler is not None and checkpoint.state["scaler"]:
-        accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    if accelerator.scaler is not None and state and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     if config.data == "demo":
@@ -260,79 +271,85 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             data = demo.demo_shards("train")
     else:
         data = config.data
-    cursor = checkpoint.state["data"] if checkpoint is not None else None
-    steps_before = cursor["steps_per_epoch"] if cursor else 0
-    stream = resources.enter_context(
-        open_stream(
-            data,
-            global_batch=config.batch_size,
-            rank=rank,
-            world=world,
-            workers=config.workers,
-            seed=config.seed,
-            epoch=first // steps_before if steps_before else 0,
-            start_step=first % steps_before if steps_before else 0,
-            epochs=None,
-            transform=TrainTransform(teacher.image_size, decoder=config.decoder),
-            strict=config.strict,
-            max_bad_fraction=config.max_bad_fraction,
-            allow_pipe=config.allow_pipe,
-            streams=cursor["streams"] if cursor else max(64, world),
+    cursor = state["data"] if state else {}
+    epoch, start_step = divmod(first, cursor["steps_per_epoch"]) if cursor else (0, 0)
+    with agreement.together():
+        stream = resources.enter_context(
+            open_stream(
+                data,
+                global_batch=config.batch_size,
+                rank=rank,
+                world=world,
+                workers=config.workers,
+                streams=cursor.get("streams", max(64, world)),
+                seed=config.seed,
+                epoch=epoch,
+                start_step=start_step,
+                epochs=None,
+                transform=TrainTransform(teacher.image_size, decoder=config.decoder),
+                strict=config.strict,
+                max_bad_fraction=config.max_bad_fraction,
+                allow_pipe=config.allow_pipe,
+            )
         )
-    )
-    here = {
-        "fingerprint": stream.shards.fingerprint,
-        "streams": stream.streams,
-        "steps_per_epoch": stream.steps_per_epoch,
-    }
-    if cursor is not None and cursor != here:
-        raise ConfigError(f"the data are not the checkpoint's: {cursor} there, {here} here")
+        here = {
+            "fingerprint": stream.shards.fingerprint,
+            "streams": stream.streams,
+            "steps_per_epoch": stream.steps_per_epoch,
+        }
+        if cursor and cursor["fingerprint"] != here["fingerprint"]:
+            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards or counts)")
+        if cursor and cursor != here:
+            raise ConfigError(
+                f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
+            )
     total = config.steps or config.epochs * stream.steps_per_epoch
     if first > total:
         raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
-    pieces = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
+    split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
     log.info(
         "data     %d images in %d shards, %d steps an epoch",
         stream.num_samples,
         len(stream.shards.shards),
         stream.steps_per_epoch,
     )
-    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, pieces)
+    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
     if config.warmup_steps >= total:
         log.info(
             "the warm-up (%d steps) is as long as the run: the peak learning rate is not reached", config.warmup_steps
         )
 
     if folder is not None:
-        folder.forget_after(first)
         folder.write_config(config)
         folder.write_environment(accelerator)
+        folder.forget_after(first)
     if config.tracker != "none":
-        start_tracker(accelerator, config)
+        with agreement.together():
+            start_tracker(accelerator, config)
 
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
+    # What the run's earlier starts counted; each start adds its own.
+    skipped_before = state["skipped_steps"] if state else 0
+    reports_before = state["data_reports"] if state else []
+
     def save(step: int) -> None:
-        failure: ModelError | None = None
-        if rank == 0:
-            state = {
-                "config": dataclasses.asdict(config),
-                "data": here,
-                # Randomness inside the model (dropout) is drawn from (seed, step, rank): there is no state to keep.
-                "random": {
-                    "seed": config.seed,
-                    "rule": "torch.manual_seed(step_seed(seed, step, rank)) before each step",
-                },
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "versions": versions(),
-                "world": world,
-            }
-            tensors = {"model": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
-            try:
-                save_checkpoint(out / "checkpoints", step, tensors, state, keep=config.keep)
-            except ModelError as error:
-                failure = error
-        if agreement.largest(int(failure is not None))[0]:
-            raise failure or ModelError("rank 0 could not write the checkpoint")
+        reports = reports_before + gather_object([stream.report()])
+        with agreement.together():
+            if rank == 0:
+                content = {
+                    "config": dataclasses.asdict(config),
+                    "data": here,
+                    "data_reports": reports,
+                    "skipped_steps": skipped_before + int(nonfinite),
+                    "teacher_sha256": teacher_hash,
+                    # Dropout and its like draw from (seed, step, rank): there is no random state to keep.
+                    "random": {"seed": config.seed, "rule": "torch.manual_seed(step_seed(seed, step, rank))"},
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                    "versions": versions(),
+                    "world": world,
+                }
+                tensors = {"model": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+                save_checkpoint(out / "checkpoints", step, tensors, content, keep=config.keep)
 
     local_rows = config.batch_size // world
     nonfinite_in_a_row = torch.zeros((), device=device)
@@ -350,17 +367,16 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             break
 
         # Fetch, then agree: nobody enters a step that another rank cannot take.
+        failure: DataError | None = None
         with progress.waiting():
-            failure: DataError | None = None
             try:
                 batch = next(batches)
             except DataError as error:
                 failure = error
-            failed, stop = agreement.largest(int(failure is not None), signals.received)
-        if failed:
-            raise failure or DataError("stopped: another rank could not read its data (see its message)")
-        if stop:
-            if step > first:
+        if stop := agreement.settle(failure, signals.received):
+            if step == first:
+                raise StopRequested(stop, f"stopped by signal {stop} at step {step}, before anything new was done")
+            if step % config.save_every:
                 save(step)
             raise StopRequested(stop, f"stopped by signal {stop}: saved at step {step} of {total} in {out}")
 
@@ -371,11 +387,13 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         torch.manual_seed(step_seed(config.seed, step, rank))
         images = unit_interval(batch["image"].to(device))
         terms: dict[str, Tensor] = {}
-        for i, piece in enumerate(images.tensor_split(config.accumulate)):
-            synced = contextlib.nullcontext() if i + 1 == config.accumulate else accelerator.no_sync(model)
+        statistics.snapshot()
+        pieces = images.tensor_split(min(config.accumulate, len(images)))  # unusable samples may leave fewer rows
+        for piece in pieces:
+            synced = contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(model)
             with synced:
                 with torch.no_grad(), accelerator.autocast():
-                    target = teacher.intermediates(piece, hidden_blocks, gram_blocks)
+                    target = teacher.intermediates(piece, distiller.hidden_blocks, distiller.gram_blocks)
                 values = model(piece, target)
                 values["teacher_norm"] = target.features.float().norm(dim=-1).mean()
                 # Each row weighs 1/batch_size even where unusable samples left a batch short.
@@ -390,23 +408,24 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused optimiser skips the step on the device
         prepared_optimizer.step()
         prepared_optimizer.zero_grad()
+        statistics.restore_where(bad)
         nonfinite += bad
         nonfinite_in_a_row = (nonfinite_in_a_row + 1) * bad
         progress.step_done(step)
 
-        # Log; the only place where the host waits for the device.
-        if step % config.log_every == 0 or step + 1 == total:
-            packed = torch.stack([*(v.float() for v in terms.values()), norm.float(), nonfinite, nonfinite_in_a_row])
-            packed = accelerator.reduce(packed, "mean")
-            *numbers, gradient_norm, skipped_steps, in_a_row = packed.tolist()
+        # Log. Nothing above waits for the device except the copy of the batch to it.
+        due = step % config.log_every == 0 or step + 1 == total
+        if due:
+            packed = torch.stack([*(v.float() for v in terms.values()), norm.float()])
+            *numbers, gradient_norm = accelerator.reduce(packed, "mean").tolist()
             final = {
                 "step": step,
                 "epoch": step / stream.steps_per_epoch,
                 **dict(zip(terms, numbers, strict=True)),
                 "lr": lr,
                 "gradient_norm": gradient_norm,
-                "skipped_steps": int(skipped_steps),
-                **progress.rates(step),
+                "skipped_steps": skipped_before + int(nonfinite),
+                **progress.rates(),
                 "memory_mib": memory_mib(device),
             }
             if folder is not None:
@@ -414,20 +433,25 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             if config.tracker != "none":
                 accelerator.log({k: v for k, v in final.items() if k != "step"}, step=step)
             progress.show(step, final)
-            if skipped_steps > reported_nonfinite:
-                log.warning("%d steps skipped so far: gradient not finite", int(skipped_steps))
-                reported_nonfinite = int(skipped_steps)
-            if in_a_row >= MAX_NONFINITE_STEPS:
-                raise ModelError(
-                    f"gradient not finite in {int(in_a_row)} steps in a row up to step {step}; "
-                    f"the checkpoints in {out}/checkpoints are kept"
-                )
+            if final["skipped_steps"] > reported_nonfinite:
+                reported_nonfinite = final["skipped_steps"]
+                log.warning("%d steps skipped so far: gradient not finite", reported_nonfinite)
+        # The gradient is the same on all ranks, so all come to the same conclusion.
+        if (due or (step + 1) % MAX_NONFINITE_STEPS == 0) and nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise ModelError(
+                f"gradient not finite in {int(nonfinite_in_a_row)} steps in a row up to step {step}; "
+                f"the checkpoints in {out}/checkpoints are kept"
+            )
 
     # --- End ----------------------------------------------------------------------------------------------------------
-    data_report = gather_object([stream.report()])  # one per rank: samples delivered, unusable ones by reason
+    # One report per start and rank: samples delivered, unusable ones by reason.
+    data_reports = reports_before + gather_object([stream.report()])
     if rank == 0 and folder is not None:
-        assert state_sha256(teacher.cpu().state_dict()) == teacher_hash, "the teacher's weights changed during the run"
-        if rows := folder.metrics():
+        if state_sha256(teacher.cpu().state_dict()) != teacher_hash:
+            raise ModelError("the teacher's weights changed during the run; its results are not to be used")
+        rows = folder.metrics()
+        if rows:
+            final = final or rows[-1]  # nothing was left to do: the last start ended between its last save and here
             draw_loss(rows, out)
         card: dict[str, Any] = {
             "teacher": teacher.name,
@@ -443,10 +467,11 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             log.info("export   no open_clip folder: %s", reason)
         if isinstance(distiller.projector, torch.nn.Linear):
             # The student's features times this are the teacher's; the student alone is what is published.
-            state = {k: v.cpu() for k, v in distiller.projector.state_dict().items()}
-            write_safetensors(out / "export" / "projector.safetensors", state, {"teacher": teacher.name})
+            projector = {k: v.cpu() for k, v in distiller.projector.state_dict().items()}
+            write_safetensors(out / "export" / "projector.safetensors", projector, {"teacher": teacher.name})
         log.info("written  %s: weights in export/, curve in loss.png", out)
-        if final:
+        weights_hash = state_sha256(student.state_dict())
+        if final and not any(row.get("weights_sha256") == weights_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
                 metric="distillation_loss",
@@ -454,14 +479,15 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 n=config.batch_size,
                 data=config.data,
                 data_fingerprint=here["fingerprint"],
-                data_report=data_report,
-                weights_sha256=state_sha256(student.state_dict()),
+                data_reports=data_reports,
+                skipped_steps=final["skipped_steps"],
+                weights_sha256=weights_hash,
                 config=dataclasses.asdict(config),
                 seed=config.seed,
                 device=str(device),
             )
     accelerator.end_training()
-    return {**final, "total_steps": total, "data_report": data_report}
+    return {**final, "total_steps": total, "data_reports": data_reports}
 
 
 if __name__ == "__main__":

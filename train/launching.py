@@ -10,17 +10,22 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.common import LaunchError
+from data import DataError
+from models import ModelError
+from train.common import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launch
@@ -59,7 +64,10 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
             f"train/launch/cpu_2_processes.yaml --num_processes {asked} SCRIPT`"
         )
     if world > 1:
-        _wait_for_main_process(seconds=float(environment.get("SHIFTLENS_RENDEZVOUS_SECONDS", 120)))
+        patience = environment.get("SHIFTLENS_RENDEZVOUS_SECONDS", "120")
+        if not patience.isdigit():
+            raise LaunchError(f"SHIFTLENS_RENDEZVOUS_SECONDS must be a whole number of seconds, not {patience!r}")
+        _wait_for_main_process(seconds=int(patience))
 
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
@@ -67,16 +75,19 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
 
     if tracker is not None and tracker not in {str(name) for name in get_available_trackers()}:
         raise LaunchError(f"--tracker {tracker}: its package is not installed (accelerate would drop it in silence)")
-    accelerator = Accelerator(
-        cpu=True if world > 1 and not has_gpu else None,  # otherwise accelerate makes each rank a world of its own
-        log_with=tracker,
-        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
-        kwargs_handlers=[
-            # Batch-norm buffers are read by nobody during training; rank 0's are saved.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=10)),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=True if world > 1 and not has_gpu else None,  # otherwise accelerate makes each rank a world of its own
+            log_with=tracker,
+            project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out)),
+            kwargs_handlers=[
+                # Batch-norm buffers are read by nobody during training; rank 0's are saved.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=10)),
+            ],
+        )
+    except ValueError as error:  # such as bf16 on a GPU that has none
+        raise LaunchError(" ".join(str(error).split())) from error
     if accelerator.num_processes != world:
         raise LaunchError(
             f"WORLD_SIZE is {world} but this process sees a world of {accelerator.num_processes}; "
@@ -111,26 +122,28 @@ def _processes_asked_of_launcher() -> int | None:
         arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # no /proc (macOS, Windows) or a parent of another user
         return None
-    if not any("accelerate" in a for a in arguments[:4]) or "launch" not in arguments:
+    # `accelerate launch`, `accelerate-launch` and `python -m accelerate.commands.launch` are the same program.
+    starts = [i for i, argument in enumerate(arguments[:5]) if re.search(r"accelerate", Path(argument).name)]
+    if not starts:
         return None
-    own = next(
-        (i for i, a in enumerate(arguments) if a.endswith(".py") and Path(a).name == Path(sys.argv[0]).name), None
-    )
-    flags = arguments[arguments.index("launch") + 1 : own]
+    script = [i for i, a in enumerate(arguments) if a.endswith(".py") and Path(a).name == Path(sys.argv[0]).name]
+    flags = arguments[starts[0] + 1 : script[-1] if script else None]
     values: dict[str, str] = {}
     for i, argument in enumerate(flags):
         name, _, value = argument.partition("=")
         values[name.lstrip("-").replace("-", "_")] = value or (flags[i + 1] if i + 1 < len(flags) else "")
     if (count := values.get("num_processes")) and count.isdigit():
         return int(count)
-    if "config_file" in values and "multi_gpu" not in values:
-        import yaml
+    if "multi_gpu" in values or "cpu" in values:
+        return None  # these make accelerate ignore the number in its file
+    cache = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface"
+    file = Path(values.get("config_file") or Path(cache) / "accelerate" / "default_config.yaml")
+    import yaml
 
-        with contextlib.suppress(OSError, yaml.YAMLError):
-            settings = yaml.safe_load(Path(values["config_file"]).read_text())
-            return (
-                int(settings["num_processes"]) if isinstance(settings, dict) and "num_processes" in settings else None
-            )
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        settings = yaml.safe_load(file.read_text())
+        if isinstance(settings, dict) and isinstance(settings.get("num_processes"), int):
+            return settings["num_processes"]
     return None
 
 
@@ -167,6 +180,7 @@ class StopSignals:
     """SIGTERM and Ctrl-C set a flag that the loop obeys between steps; a second one three seconds later exits at once.
 
     The three seconds are there because launchers forward the Ctrl-C that the terminal has already sent to each process.
+    On Linux the death of the launcher counts as SIGTERM: `accelerate launch` dies of one without passing it on.
     """
 
     def __init__(self) -> None:
@@ -175,32 +189,93 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        _signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        _signal_when_parent_dies(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         if not self.received:
             self.received, self._first = number, time.monotonic()
+            # Not print: a signal may arrive while a buffered write is under way.
+            os.write(2, b"\nstopping after this step; a second signal in three seconds or later exits at once\n")
         elif time.monotonic() - self._first > 3:
             os._exit(128 + number)
 
 
+def _signal_when_parent_dies(number: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG; 0 turns it off
+
+
+class PeerError(Exception):
+    """Another rank failed and says why; this one only ends."""
+
+
 class Agreement:
-    """Lets all ranks act on the same step: the largest value that any rank brings, over a CPU channel.
+    """Lets all ranks act on the same step, and fail together: votes and small messages over a CPU channel.
 
     The channel is gloo even on GPUs: a vote must not wait for the work queued on the device (0.6 ms against a drained
     queue), and it must happen before the step, or a rank without a batch would leave the others in an all-reduce.
     """
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, rank: int, world: int) -> None:
         import torch.distributed as dist
 
+        self.rank, self.world = rank, world
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
-    def largest(self, *values: int) -> list[int]:
+    def settle(self, error: Exception | None, signal_number: int = 0) -> int:
+        """The largest signal number that any rank brings. If any brings an error, the lowest such rank raises its own.
+
+        Raises PeerError on all other ranks then.
+        """
+        failing = self.world - self.rank if error is not None else 0
+        first, stop = self._largest(failing, signal_number)
+        if not first:
+            return stop
+        if error is None or first != failing:
+            raise PeerError
+        # Settings that only this rank found impossible (its disk, its GPU) must be reported by it, whatever its number.
+        raise LaunchError(str(error)) if isinstance(error, ConfigError) else error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block without collectives that may fail on some ranks only: if it fails anywhere, it fails everywhere."""
+        error: Exception | None = None
+        try:
+            yield
+        except (ConfigError, DataError, ModelError, OSError) as caught:
+            error = caught
+        self.settle(error)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites tensors, on their own device, with rank 0's."""
+        if self.group is None:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            contiguous = tensor.detach().contiguous()
+            dist.broadcast(contiguous, src=0)
+            tensor.detach().copy_(contiguous)
+
+    def _largest(self, *values: int) -> list[int]:
         if self.group is None:
             return list(values)
         import torch
