@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.command import Parser
+
 if TYPE_CHECKING:
     import torch
 
