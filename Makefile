@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check
 
 demo: .venv/installed
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/distill.py
+	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train/distill.py
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests

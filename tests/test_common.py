@@ -191,6 +191,23 @@ def test_wrong_launches_exit_2_with_one_line(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "processes", "machines", "precision"),
+    [
+        ("accelerate_config.yaml", 1, 1, "no"),
+        ("train/launch/cpu_2_processes.yaml", 2, 1, "no"),
+        ("train/launch/gpu_1_bf16.yaml", 1, 1, "bf16"),
+        ("train/launch/gpu_8_bf16.yaml", 8, 1, "bf16"),
+        ("train/launch/gpu_2x8_bf16.yaml", 16, 2, "bf16"),
+    ],
+)
+def test_launch_files_are_what_they_say(name: str, processes: int, machines: int, precision: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = load_config_from_file(str(ROOT / name))  # raises for unknown keys
+    assert (settings.num_processes, settings.num_machines, settings.mixed_precision) == (processes, machines, precision)
+
+
 @pytest.mark.launch
 def test_accelerates_default_file_is_looked_at_too(tmp_path: Path) -> None:
     """MULTI_CPU with two processes in the user's default file: accelerate starts one."""
@@ -229,8 +246,9 @@ def test_launchers_that_start_one_process_for_two_are_caught(tmp_path: Path) -> 
 def test_run_folder_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
-        RunFolder(file, fresh=False)
+    for place in (file, file / "below", Path("/proc/run")):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            RunFolder(place, fresh=False)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
