@@ -16,6 +16,7 @@ check: .venv/tested
 	$(BIN)/mypy .
 
 .venv/installed: requirements.txt
+	@echo "installing into .venv: some minutes, about 5 GB with CUDA's libraries"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@

@@ -170,7 +170,8 @@ def _claim(folder: Path, request: dict[str, Any]) -> None:
         return
     try:
         earlier = json.loads(place.read_text())
-        different = [name for name in request if earlier.get(name) != request[name]]
+        # Finished shards stay right under another --skip_bad, which only says whether an unreadable image ends it.
+        different = [name for name in request if earlier.get(name) != request[name] and name != "skip_bad"]
     except (ValueError, AttributeError):
         raise DataError(f"{place} is damaged: remove the folder and pack again") from None
     if different:

@@ -178,9 +178,9 @@ def _images(names: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     images: list[str] = []
     others: Counter[str] = Counter()
     for name in names:
-        base = posixpath.basename(name)
-        extension = posixpath.splitext(base)[1][1:].lower()
-        if base.startswith("."):  # macOS leaves a ._x.jpg beside every x.jpg
+        extension = posixpath.splitext(name)[1][1:].lower()
+        # macOS leaves a ._x.jpg beside every x.jpg, notebooks a folder .ipynb_checkpoints
+        if any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
             others["hidden"] += 1
         elif extension in IMAGE_EXTENSIONS:
             images.append(name)

@@ -52,7 +52,7 @@ class ShardSet:
     num_samples: int
     num_classes: int | None
     classes: tuple[str, ...] | None
-    fingerprint: str  # sha256 over (base name, count) in order, so that a resumed run can tell another data set
+    fingerprint: str  # over names and counts in order, classes, the first shard's beginning: tells data sets apart
 
 
 @dataclass(frozen=True)
@@ -265,9 +265,15 @@ def find_shards(data: str | Sequence[str], *, allow_pipe: bool = False) -> Shard
     if start == 0:
         raise DataError(f"the shards hold no samples: {_listing(urls)}")
     num_classes, classes = _common_classes(indexes)
-    identity = json.dumps([(_base_name(shard.url), shard.count) for shard in shards])
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    identity = [(_base_name(shard.url), shard.count) for shard in shards], classes, _beginning(urls[0], allow_pipe)
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return ShardSet(tuple(shards), start, num_classes, classes, fingerprint)
+
+
+def _beginning(url: str, allow_pipe: bool) -> str:
+    """Digest of a shard's first 4 KiB: two data sets may well agree in names and counts of their shards."""
+    with contextlib.closing(open_source(url, allow_pipe=allow_pipe)) as source:
+        return hashlib.sha256(source.read(4096)).hexdigest()
 
 
 def _expand(part: str, indexes: dict[str, FolderIndex], allow_pipe: bool) -> list[str]:

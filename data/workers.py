@@ -144,6 +144,11 @@ class Pool:
             raise RuntimeError(f"data worker {worker} of rank {self._rank} failed{self._place(worker)}:\n{answer}")
 
     def _fail(self, worker: int) -> NoReturn:
+        # A worker that met an error said so before it ended: its reason is better than its end.
+        with contextlib.suppress(EOFError, OSError):
+            while self._connections[worker].poll():
+                if isinstance(answer := self._connections[worker].recv(), DataError):
+                    raise answer
         process = self._processes[worker]
         process.join(1)
         code = process.exitcode

@@ -74,7 +74,9 @@ class Distiller(nn.Module):
                 return encoder.eval().intermediates(image, self.hidden_blocks, self.gram_blocks)
         except (RuntimeError, AssertionError, ValueError) as error:  # however a library says that a size does not fit
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{role} {encoder.name} cannot take {size}x{size} images: {reason}") from error
+            raise ModelError(
+                f"{role} {encoder.name} cannot take {size}x{size} images, the teacher's input size ({reason})"
+            ) from error
         finally:
             encoder.train(training)
 

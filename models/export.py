@@ -140,7 +140,9 @@ def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str
         "No open_clip folder was written: " + "; ".join(reasons) + "."
         if reasons
         else "It is also a whole CLIP, with the teacher's text tower and temperature:\n\n"
-        '    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")'
+        '    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
+        "    model.eval()\n\n"
+        "Its text tower takes the tokens that the teacher's took."
     )
     return f"""# {_public_name(encoder)}, distilled
 
@@ -152,7 +154,10 @@ An image encoder trained from the outputs of another one, its teacher.
 
 ## Use
 
-    encoder = load_encoder("local-dir:FOLDER")  # of this project: takes images in [0, 1], owns its normalisation
+In a checkout of shiftlens:
+
+    from models.encoders import load_encoder
+    encoder = load_encoder("local-dir:FOLDER").eval()  # takes images in [0, 1], owns its normalisation
 
 {zero_shot}
 

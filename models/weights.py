@@ -197,6 +197,7 @@ def write_safetensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata={_HEADER_FIELD: json.dumps(metadata)})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
 
     _replace(file, write)
 

@@ -72,6 +72,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     ("argv", "expected"),
     [
         (["--lrr", "1"], "lrr"),
+        (["--dat", "x"], "dat"),
         (["--lr", "fast"], "lr"),
         (["--lr", "-1", "--data", "x"], "--lr must be"),
         (["--lr", "nan", "--data", "x"], "lr"),
@@ -254,6 +255,7 @@ def test_run_folder_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
     (other / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"not a run folder \(holds thesis.tex\)"):
         RunFolder(other, fresh=False)
+    assert [p.name for p in other.iterdir()] == ["thesis.tex"]
     mine = RunFolder(tmp_path / "mine", fresh=False)
     with pytest.raises(ConfigError, match="another run is using"):
         RunFolder(tmp_path / "mine", fresh=False)

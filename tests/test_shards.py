@@ -196,6 +196,7 @@ def test_unreadable_images(images: Path, tmp_path: Path) -> None:
     (images / "eel" / "empty.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"(cat/bad|eel/empty).jpg: .*--skip_bad"):
         pack(str(images), str(tmp_path / "strict"), resize=8)
+    assert pack(str(images), str(tmp_path / "strict"), resize=8, skip_bad=True)["samples"] == 15  # the advice works
     summary = pack(str(images), str(tmp_path / "out"), resize=8, skip_bad=True, shard_size=4)
     assert (summary["samples"], summary["skipped"]) == (15, 2)
     assert [note.split(":")[0] for note in sorted(summary["notes"])] == [

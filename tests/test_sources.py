@@ -128,6 +128,9 @@ def test_one_wnid_folder_is_a_class(tmp_path: Path) -> None:
 def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
     source = make(tmp_path / "in", ["a/1.jpg", "a/._1.jpg", "b/1.jpg", "README.txt", "b/Thumbs.db"])
     assert load(source, tmp_path).dropped == {"hidden": 1, "not images (.txt)": 1, "not images (.db)": 1}
+    hidden = load(make(tmp_path / "notebook", ["a/1.jpg", "b/1.jpg", ".ipynb_checkpoints/1.jpg"]), tmp_path)
+    assert hidden.classes == ("a", "b")
+    assert hidden.dropped == {"hidden": 1}
 
 
 def test_images_outside_class_folders_are_an_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,6 +510,21 @@ def test_killed_worker_is_an_error_at_once(sets: dict[tuple[int, ...], str]) -> 
         ):
             list(stream)
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.timeout(60)
+def test_shards_that_vanish_in_the_middle_are_named(sets: dict[tuple[int, ...], str], tmp_path: Path) -> None:
+    """The worker ends with its error while the main process is busy: its reason must not be lost."""
+    folder = tmp_path / "set"
+    shutil.copytree(sets[40,], folder)
+    with open_stream(str(folder), global_batch=4, workers=1, transform=Slow(0), epochs=None) as stream:
+        next(stream)
+        for shard in folder.glob("*.tar"):
+            shard.unlink()
+        time.sleep(0.5)  # the worker meets the missing shard long before it is asked for another batch
+        with pytest.raises(DataError, match=r"000.tar") as caught:
+            list(stream)
+    assert "exit code" not in str(caught.value)
 
 
 @pytest.mark.timeout(30)

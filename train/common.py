@@ -75,7 +75,7 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(" ".join(str(message).split()))
 
-    parser = Parser(description=description, formatter_class=jsonargparse.DefaultHelpFormatter)
+    parser = Parser(description=description, formatter_class=jsonargparse.DefaultHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", action=jsonargparse.ActionConfigFile, help="YAML file of these settings (train/recipes/)"
     )
@@ -180,15 +180,11 @@ class RunFolder:
         import filelock
 
         self.path = path
-        self._lock = filelock.FileLock(path / ".lock")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(f"--out {path}: another run is using this folder") from None
+            others = sorted(p.name for p in path.iterdir() if not p.name.startswith((".lock", ".tmp-")))
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error})") from None
-        others = sorted(p.name for p in path.iterdir() if p.name != ".lock")
         if others and not (path / "config.yaml").is_file():
             raise ConfigError(
                 f"--out {path}: not empty and not a run folder (holds {', '.join(others[:3])}); choose another"
@@ -197,6 +193,13 @@ class RunFolder:
             raise ConfigError(
                 f"--out {path}: holds a run already; continue it with --resume auto, or choose another folder"
             )
+        self._lock = filelock.FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"--out {path}: another run is using this folder") from None
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error})") from None
 
     def close(self) -> None:
         self._lock.release()
@@ -207,6 +210,7 @@ class RunFolder:
         write_synced(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def write_environment(self, accelerator: Accelerator) -> None:
+        """Adds an entry to env.json, a list with one for each start of the run."""
         import torch
 
         environment = {
@@ -218,7 +222,8 @@ class RunFolder:
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
         }
-        write_synced(self.path / "env.json", json.dumps(environment, indent=1) + "\n")
+        starts = json.loads(file.read_text()) if (file := self.path / "env.json").is_file() else []
+        write_synced(file, json.dumps([*starts, environment], indent=1) + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.jsonl; numbers that are not finite become null, which JSON has."""
@@ -271,7 +276,10 @@ def checkpoint_to_continue(config: Any, out: Path, fixed: Sequence[str]) -> Chec
         for reason in skipped:
             log.warning("checkpoint passed over: %s", reason)
     elif config.resume != "none":
-        checkpoint = load_checkpoint(Path(config.resume))
+        try:
+            checkpoint = load_checkpoint(Path(config.resume))
+        except ModelError as error:
+            raise ModelError(f"--resume {config.resume}: {error}") from None
     if checkpoint is None:
         return None
     saved, now = checkpoint.state["config"], dataclasses.asdict(config)
@@ -337,17 +345,18 @@ class Progress:
         if self.bar:
             self.bar.update(1)
 
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float | None]:
         """images_per_second (mean since warm-up), data_wait_share of the time since the last call, seconds_left."""
         now = time.perf_counter()
         first, since = self._warm if self._done > self._warm[0] else self._start
         seconds_per_step = (now - since) / max(self._done - first, 1)
         share = self._waited / max(now - self._window, 1e-9)
         self._window, self._waited = now, 0.0
+        settled = self._done > self._warm[0] > self._start[0]  # the first steps say nothing about the others
         return {
             "images_per_second": round(self.images_per_step / seconds_per_step, 2),
             "data_wait_share": round(share, 4),
-            "seconds_left": round(seconds_per_step * (self.total - self._done), 1),
+            "seconds_left": round(seconds_per_step * (self.total - self._done), 1) if settled else None,
         }
 
     def show(self, step: int, row: dict[str, Any]) -> None:
@@ -359,7 +368,7 @@ class Progress:
         if self.bar:
             self.bar.set_postfix_str(text)
         elif self.shown:
-            left = f"  {row['seconds_left']:.0f} s left"
+            left = f"  {row['seconds_left']:.0f} s left" if row["seconds_left"] is not None else ""
             print(f"step {step + 1}/{self.total}  {text}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data import DataError
-from data.rows import append_row, versions
+from data.rows import append_row, commit, versions
 from models import ModelError
 from train.common import (
     ConfigError,
@@ -97,7 +98,7 @@ class Config:
     seed: int = option(0, "seed of initialisation, sample order and augmentation")
     workers: int = option(2, "decoding processes per training process; 0 = decode in the training process")
     decoder: Literal["torchvision", "pil"] = option(
-        "torchvision", "image decoder; pil = bit-exact reference, half as fast"
+        "torchvision", "image decoder; pil = bit-exact reference, under half as fast"
     )
     strict: bool = option(True, "a shard with another number of samples than its count is an error; false = counted")
     max_bad_fraction: float = option(0.01, "largest tolerated share of unusable samples, 0..1")
@@ -313,13 +314,17 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         len(stream.shards.shards),
         stream.steps_per_epoch,
     )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
+    log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
+    if first == total:
+        log.info("         all steps are done already; for another run choose another --out")
     if config.warmup_steps >= total:
         log.info(
             "the warm-up (%d steps) is as long as the run: the peak learning rate is not reached", config.warmup_steps
         )
 
-    if folder is not None:
+    if folder is not None and first < total:
         folder.write_config(config)
         folder.write_environment(accelerator)
         folder.forget_after(first)
@@ -461,6 +466,8 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             "steps": total,
             "batch_size": config.batch_size,
             "seed": config.seed,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
             **{name: final[name] for name in ("loss", "feature", "hidden", "gram") if name in final},
         }
         for reason in export_student(student.cpu(), out / "export", card=card, source=teacher):
@@ -470,7 +477,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             projector = {k: v.cpu() for k, v in distiller.projector.state_dict().items()}
             write_safetensors(out / "export" / "projector.safetensors", projector, {"teacher": teacher.name})
         log.info("written  %s: weights in export/, curve in loss.png", out)
-        weights_hash = state_sha256(student.state_dict())
+        weights_hash = state_sha256(student.tower.state_dict())
         if final and not any(row.get("weights_sha256") == weights_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
