@@ -516,7 +516,7 @@ def slowly(stream: Iterator[Batch]) -> None:
     """Read as a trainer does: the worker has ended before it is asked for another batch."""
     for _ in range(100):
         next(stream)
-        time.sleep(0.02)
+        time.sleep(0.2)
 
 
 @pytest.mark.timeout(60)
