@@ -122,10 +122,17 @@ Measured = dict[tuple[str, str, int | None], Spread]
 def read_images(shards: ShardSet) -> Iterator[bytes]:
     """The image files of all shards, in order."""
     from data.tar import ShardReader
+    from data.transforms import ImageError, decode
 
     for shard in shards.shards:
         for record in ShardReader(shard.url).read():
             if record.image is not None:
+                try:
+                    decode(record.image)
+                except ImageError as error:
+                    raise DataError(
+                        f"{shard.url}, key {record.key!r}: {error}; measure shards that verify finds clean"
+                    ) from error
                 yield record.image
 
 

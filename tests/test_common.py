@@ -98,7 +98,8 @@ def test_impossible_settings_are_one_line(argv: list[str], expected: str) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("data: x\nlearning_rate: 1\n", "learning_rate"),
+        ("data: x\nwarmup_step: 1\n", "did you mean warmup_steps?"),
+        ("compute_environment: LOCAL_MACHINE\n", "accelerate launch --config_file FILE"),
         ("data: x\nlr: 1\nlr: 2\n", "key given twice: lr"),
         ("data: x\nlr: [1]\n", "lr"),
         ("data: x\nbatch_size: many\n", "batch_size"),

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import re
 import sys
 import time
 import typing
@@ -71,9 +72,11 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
     """
     import jsonargparse
 
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split()))
+            raise ConfigError(" ".join(str(message).split()) + _hint(str(message), names))
 
     parser = Parser(description=description, formatter_class=jsonargparse.DefaultHelpFormatter, allow_abbrev=False)
     parser.add_argument(
@@ -91,6 +94,20 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
     settings = vars(parser.parse_args(argv))
     settings.pop("config", None)
     return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _hint(message: str, names: list[str]) -> str:
+    """What an unknown setting may have been meant to be."""
+    import difflib
+
+    unknown = re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: --(\w+)", message)
+    if unknown is None:
+        return ""
+    name = unknown[1] or unknown[2]
+    if name in ("compute_environment", "distributed_type", "num_processes"):
+        return "; that is a setting of `accelerate launch --config_file FILE`, before the script"
+    close = difflib.get_close_matches(name, names, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else "; --help lists all settings"
 
 
 def _values(argv: list[str], flag: str) -> list[str]:
