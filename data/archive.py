@@ -29,6 +29,8 @@ _LOOKALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself"),
 )
 
+_SIZE = re.compile(rb"[0-9]{1,18}")  # a number of bytes; longer ones are hostile
+
 
 class Walker:
     """The regular members of a tar, one after the other; `data` gives the content of the current one.
@@ -62,7 +64,7 @@ class Walker:
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 fields = _pax_fields(self.data() or b"")
                 long_name = _text(fields[b"path"]) if b"path" in fields else long_name
-                long_size = int(fields[b"size"]) if fields.get(b"size", b"").isdigit() else long_size
+                long_size = int(fields[b"size"]) if _SIZE.fullmatch(fields.get(b"size", b"")) else long_size
             elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
                 self.begin = begin
                 self._name = info.name if long_name is None else long_name

@@ -210,7 +210,10 @@ def demo_shards(split: str) -> str:
     """
     if split not in DEMO_SPLITS:
         raise DataError(f"the demo has no set {split!r}: choose one of {', '.join(DEMO_SPLITS)}")
-    cache = Path(os.environ.get("SHIFTLENS_CACHE") or Path.home() / ".cache" / "shiftlens").absolute()
+    try:
+        cache = Path(os.environ.get("SHIFTLENS_CACHE") or Path.home() / ".cache" / "shiftlens").absolute()
+    except RuntimeError:  # a user without a home, as containers have
+        raise DataError("this user has no home folder: set SHIFTLENS_CACHE to the folder for the demo") from None
     folder = cache / f"demo-v{VERSION}"
     if not folder.is_dir():
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -72,7 +71,7 @@ def run_tasks(
         for worker in range(min(workers, len(numbers))):
             receiving, sending = multiprocessing.Pipe(duplex=False)
             process = multiprocessing.Process(
-                target=_serve, args=(sending, task, numbers[worker::workers], os.getpid()), daemon=True
+                target=_serve, args=(sending, task, numbers[worker::workers]), daemon=True
             )
             process.start()
             sending.close()
@@ -101,7 +100,7 @@ def run_tasks(
             process.join()
 
 
-def _serve(connection: Connection, task: Callable, numbers: Sequence[int], parent: int) -> None:
+def _serve(connection: Connection, task: Callable, numbers: Sequence[int]) -> None:
     """Run a worker's share of the tasks and report through the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that a half-written shard is removed
@@ -111,7 +110,8 @@ def _serve(connection: Connection, task: Callable, numbers: Sequence[int], paren
         nonlocal waiting, said
         waiting += done
         if time.monotonic() - said >= REPORT_SECONDS:
-            if os.getppid() != parent:
+            parent = multiprocessing.parent_process()
+            if parent is None or not parent.is_alive():
                 sys.exit(1)
             connection.send(("count", waiting))
             waiting, said = 0, time.monotonic()

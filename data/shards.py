@@ -212,14 +212,19 @@ def order(
     seed: int = 0,
     epoch: int = 0,
     streams: int = 64,
+    world: int = 1,
     steps: int | None = None,
     allow_pipe: bool = False,
 ) -> None:
-    """Print step, global sample number, shard and key of every sample of an epoch, tab-separated, in training order."""
+    """Print step, global sample number, shard and key of every sample of an epoch, tab-separated, in training order.
+
+    `world` matters only where it changes the number of streams, which is said on stderr.
+    """
     from data.order import count_streams, global_order
 
     shards = find_shards(data, allow_pipe=allow_pipe)
-    used = count_streams(global_batch, 1, streams)
+    used = count_streams(global_batch, world, streams)
+    print(f"{used} streams", file=sys.stderr)
     keys: dict[int, list[str]] = {}
     batches = global_order(shards, global_batch=global_batch, streams=used, seed=seed, epoch=epoch)
     for step, batch in enumerate(batches):
@@ -282,6 +287,7 @@ def _parser() -> Parser:
     command.add_argument("--seed", type=NonNegativeInt, default=0, help="of the run")
     command.add_argument("--epoch", type=NonNegativeInt, default=0, help="counted from 0")
     command.add_argument("--streams", type=PositiveInt, default=64, help="upper limit, as in training")
+    command.add_argument("--world", type=PositiveInt, default=1, help="processes of the training run")
     command.add_argument("--steps", type=PositiveInt, help="stop after this many steps (default: the whole epoch)")
     commands.add_subcommand("order", command)
     return parser

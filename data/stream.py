@@ -74,7 +74,8 @@ def open_stream(
         streams: upper limit for the number of canonical streams (Stream.streams says how many there are).
         transform: bytes to uint8 [3, size, size]; None decodes only, and needs images of one size.
         strict: a shard whose number of samples differs from its count is an error; otherwise a counted loss.
-        max_bad_fraction: largest share of this rank's samples of an epoch that may be unusable.
+        max_bad_fraction: largest share of this rank's samples of an epoch that may be unusable. A local batch without
+            a single usable sample is an error whatever the share.
 
     Raises DataError (here or while reading) for everything that is wrong with the data or impossible about the numbers.
     """

@@ -142,7 +142,9 @@ class _Pipe:
     def __init__(self, url: str) -> None:
         self._url = url
         # The shell is the documented meaning of `pipe:`, hence the separate permission.
-        self._process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+        command = url.removeprefix("pipe:")
+        # No standard input: a command such as ssh would read the terminal's.
+        self._process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self._file: IO[bytes] = self._process.stdout
 
@@ -163,6 +165,10 @@ class _Pipe:
         self._file.close()  # a command that is still writing now meets a closed pipe
         if self._process.poll() is None:
             self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
         self._process.wait()
 
 
@@ -188,6 +194,10 @@ class _Remote:
         return b"".join(self._parts(size))
 
     def skip(self, size: int) -> int:
+        if size > CHUNK and self._size is None:  # one byte tells how long the file is; without it all must be read
+            if not self.read(1):
+                return 0
+            return 1 + self.skip(size - 1)
         if size <= CHUNK or self._size is None:
             return sum(len(part) for part in self._parts(size))
         self.close()  # the next read connects at the new place

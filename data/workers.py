@@ -34,7 +34,7 @@ from data.runs import STOP, Part, RowReader, Spec, StoppedError
 
 SLOTS = 4  # the consumer holds one batch while it asks for the next, and workers stay up to two ahead
 STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about it
-PARENT_CHECK = 5.0  # seconds between two looks whether the parent still lives
+PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives and wants us
 GRACE = 2.0  # seconds that workers get to end by themselves
 
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -207,7 +207,8 @@ def _work(
         answer: Part | DataError | str | None = None
         while answer is None or isinstance(answer, Part):
             while not connection.poll(PARENT_CHECK):
-                if os.getppid() != parent:
+                # The end of our pipe may stay open in the workers of a pool that was forked later.
+                if os.getppid() != parent or status[STOP]:
                     return
             epoch, step, slot = connection.recv()
             answer = _answer(reader, epoch, step, ring[slot])

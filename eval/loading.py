@@ -59,6 +59,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     from data import demo
     from data.rows import append_row
     from data.tar import find_shards
+    from data.transforms import ImageError
 
     if not Path("/proc/self/stat").exists():
         raise DataError("this measurement reads the processes' CPU time from /proc, which only Linux has")
@@ -80,7 +81,10 @@ def main(config: Config) -> list[dict[str, Any]]:
         images = list(itertools.islice(read_images(shards), config.images))
         if not images:
             raise DataError(f"{config.data} holds no images")
-        quality = psnr(images, config.size)  # first: it stops at images that cannot be decoded
+        try:
+            quality = psnr(images, config.size)  # first: it stops at images that cannot be decoded
+        except ImageError as error:
+            raise DataError(f"{config.data}: {error}; `data/shards.py verify` names such images") from error
         measured = measure_decoding(images, config) | quality | measure_reading(shards, config)
         measured |= measure_pipelines(shards, config)
 
@@ -122,17 +126,10 @@ Measured = dict[tuple[str, str, int | None], Spread]
 def read_images(shards: ShardSet) -> Iterator[bytes]:
     """The image files of all shards, in order."""
     from data.tar import ShardReader
-    from data.transforms import ImageError, decode
 
     for shard in shards.shards:
         for record in ShardReader(shard.url).read():
             if record.image is not None:
-                try:
-                    decode(record.image)
-                except ImageError as error:
-                    raise DataError(
-                        f"{shard.url}, key {record.key!r}: {error}; measure shards that verify finds clean"
-                    ) from error
                 yield record.image
 
 

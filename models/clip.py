@@ -15,7 +15,7 @@ from typing import Any
 
 from models import ModelError
 from models.download import hub_file
-from models.towers import Tower, is_file, require_source, statistics, unknown
+from models.towers import Tower, is_file, require_source, stated_size, statistics, unknown
 from models.weights import Weights, first_line, load_into, read_weights
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ def open_clip_tower(name: str, architecture: str, source: str, weights: bool) ->
     if config is None:
         raise unknown(name, "open_clip has no architecture", architecture, open_clip.list_models(), "open_clip:")
     require_source(name, source, weights)
-    preprocess: Mapping[str, Any] = {}
+    preprocess: Mapping[str, Any] = _usual_statistics(name, architecture)
     loaded = None
     if is_file(source):
         loaded = read_weights(source)
-        preprocess = loaded.metadata
+        preprocess = {**_usual_statistics(name, architecture), **loaded.metadata}
         _settle_activation(name, config, loaded)
         if "mean" not in preprocess:
             log.info("%s: normalised as OpenAI's CLIP, the file states nothing else (a local-dir folder can)", name)
@@ -79,7 +79,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and preprocessing configuration of an open_clip_config.json."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {file}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
         raise ModelError(f"{file} has no 'model_cfg' object; expected open_clip's configuration")
@@ -121,7 +121,24 @@ def clip_tower(
     mean = statistics(preprocess, "mean", open_clip.OPENAI_DATASET_MEAN, architecture)
     std = statistics(preprocess, "std", open_clip.OPENAI_DATASET_STD, architecture)
     file = loaded.file if loaded else None
+    if loaded is not None:
+        height = stated_size(loaded.metadata, height, loaded.file)
     return Tower(module, architecture, height, config["embed_dim"], mean, std, config, file)
+
+
+def _usual_statistics(name: str, architecture: str) -> dict[str, Any]:
+    """Mean and std that all of open_clip's published weights of an architecture share (SigLIP's are not OpenAI's)."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    stated = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    pairs = {tuple(tuple(cfg.get(key) or ()) for key in ("mean", "std")) for cfg in stated}
+    if len(pairs) > 1:
+        log.warning("%s: published weights of this architecture differ in normalisation; taking OpenAI's", name)
+    if len(pairs) != 1 or not all(next(iter(pairs))):
+        return {}
+    mean, std = next(iter(pairs))
+    return {"mean": mean, "std": std}
 
 
 def _settle_activation(name: str, config: dict[str, Any], loaded: Weights) -> None:
@@ -138,6 +155,12 @@ def _settle_activation(name: str, config: dict[str, Any], loaded: Weights) -> No
         # A guess: open_clip itself never writes an image tower alone. A local-dir folder states the activation instead.
         _set_quick_gelu(
             name, config, True, "'visual.*' without a text tower is taken for OpenAI's; use local-dir to choose"
+        )
+    elif isinstance(config["vision_cfg"].get("layers"), int):
+        log.warning(
+            "%s: built with %s, as the architecture says; OpenAI's weights need its -quickgelu form, or local-dir",
+            name,
+            "QuickGELU" if config.get("quick_gelu", False) else "GELU",
         )
 
 

@@ -78,7 +78,7 @@ def _write_open_clip(encoder: Encoder, state: Mapping[str, Tensor], folder: Path
     if reasons:
         return reasons
 
-    config = {**source.clip_config, "vision_cfg": own["vision_cfg"]}
+    config = {**source.clip_config, "vision_cfg": {**own["vision_cfg"], "image_size": encoder.image_size}}
     whole = {f"visual.{name}": tensor for name, tensor in state.items()}
     for name, tensor in read_weights(source.weights_file).state.items():
         if not name.startswith("visual.") and name not in OPENAI_MARKS:

@@ -188,10 +188,19 @@ def with_weights(
         load_into(tower.module, state, loaded.file)
     return replace(
         tower,
+        image_size=stated_size(loaded.metadata, tower.image_size, loaded.file),
         mean=statistics(loaded.metadata, "mean", tower.mean, loaded.file),
         std=statistics(loaded.metadata, "std", tower.std, loaded.file),
         weights_file=loaded.file if weights else None,
     )
+
+
+def stated_size(values: Mapping[str, Any], default: int, where: str | Path) -> int:
+    """The input size that a header states: a convolutional student keeps the size it was trained at."""
+    size = values.get("image_size", default)
+    if not isinstance(size, int) or size < 1:
+        raise ModelError(f"{where}: image_size is {size!r}; expected a positive number of pixels")
+    return size
 
 
 def statistics(values: Mapping[str, Any], key: str, default: Sequence[float], where: str | Path) -> tuple[float, ...]:

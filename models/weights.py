@@ -76,6 +76,8 @@ def read_weights(file: str | Path) -> Weights:
             raise ModelError(
                 f"{file}: tensor {name} has type {str(tensor.dtype)[6:]}, which is not read; save float32 or float16"
             )
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ModelError(f"{file}: tensor {name} is sparse or without data, which is not read; save dense tensors")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
@@ -103,20 +105,21 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ModelError(
-                    f"{file} is a TorchScript archive, which carries code and is not loaded; for OpenAI's CLIP use "
-                    "open_clip:NAME/openai, or save torch.jit.load(FILE).state_dict() as safetensors where you trust it"
-                )
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise ModelError(
+                        f"{file} is a TorchScript archive, which carries code and is not loaded; for OpenAI's CLIP use "
+                        "open_clip:NAME/openai, or save torch.jit.load(FILE).state_dict() as safetensors where you "
+                        "trust it"
+                    )
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f" ({culprit.group(1)})" if culprit else ""
         raise ModelError(f"{file} holds pickled objects{found} or is damaged: refused, nothing was executed") from None
-    except OSError:
+    except (OSError, ModelError):
         raise
     # A damaged archive makes torch raise nearly anything: RuntimeError, EOFError, KeyError, UnicodeDecodeError...
     except Exception as error:
@@ -194,6 +197,12 @@ def write_safetensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping
     Equal arguments give equal bytes. Raises ModelError where the file cannot be written (no space, no permission).
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen and tensor.numel():  # tied parameters: the format has no shared memory
+            tensors[name] = tensor.clone()
+        seen.add(storage)
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata={_HEADER_FIELD: json.dumps(metadata)})

@@ -940,6 +940,24 @@ def test_a_second_export_leaves_no_configuration_of_the_first(teacher: Encoder, 
     assert torch.equal(load_encoder(f"local-dir:{folder}").eval()(IMAGES), small(IMAGES))
 
 
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_an_exported_student_keeps_the_size_it_was_trained_at(name: str, tmp_path: Path) -> None:
+    student = load_encoder(name, weights=False)
+    student.image_size = 64
+    export_student(student, tmp_path, card={}, source=None)
+    loaded = load_encoder(f"local-dir:{tmp_path}").eval()
+    assert loaded.image_size == 64
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded(images), student.eval()(images))
+
+
+def test_normalisation_of_a_bare_file_is_its_architectures(tmp_path: Path) -> None:
+    assert load_encoder("open_clip:ViT-B-16-SigLIP", weights=False).mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert load_encoder("open_clip:RN50", weights=False).mean.flatten().tolist() == pytest.approx(
+        [0.48145466, 0.4578275, 0.40821073]
+    )
+
+
 def test_export_into_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ModelError, match="cannot write to"):

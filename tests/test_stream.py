@@ -512,6 +512,19 @@ def test_killed_worker_is_an_error_at_once(sets: dict[tuple[int, ...], str]) -> 
         assert time.monotonic() - started < 5
 
 
+@pytest.mark.timeout(30)
+def test_two_pools_close_quickly(sets: dict[tuple[int, ...], str]) -> None:
+    """The later pool's workers hold the earlier one's pipe open: its workers must end without it."""
+    first = open_stream(sets[40,], global_batch=4, workers=1, transform=Slow(0), epochs=None)
+    second = open_stream(sets[40,], global_batch=4, workers=1, transform=Slow(0), epochs=None)
+    next(first), next(second)
+    started = time.monotonic()
+    first.close()
+    assert time.monotonic() - started < 1.9, "killed after the grace period"
+    next(second)
+    second.close()
+
+
 def slowly(stream: Iterator[Batch]) -> None:
     """Read as a trainer does: the worker has ended before it is asked for another batch."""
     for _ in range(100):

@@ -120,6 +120,19 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path: Path, suffix: str, z
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_tensors_without_plain_data_are_refused(tmp_path: Path) -> None:
+    for tensor in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
+        torch.save({"w": tensor}, tmp_path / "odd.pt")
+        with pytest.raises(ModelError, match=r"odd.pt: tensor w is sparse or without data|odd.pt is not a readable"):
+            read_weights(tmp_path / "odd.pt")
+
+
+def test_tied_parameters_are_written_twice(tmp_path: Path) -> None:
+    tied = torch.ones(3)
+    write_safetensors(tmp_path / "w.safetensors", {"a": tied, "b": tied}, {})
+    assert torch.equal(read_weights(tmp_path / "w.safetensors").state["b"], tied)
+
+
 def test_torchscript_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "RN50.pt")
     with pytest.raises(ModelError, match=r"TorchScript archive.*open_clip:NAME/openai"):
