@@ -197,9 +197,8 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             folder = RunFolder(out, fresh=config.resume == "none")
             resources.callback(folder.close)
             checkpoint = checkpoint_to_continue(config, out, FIXED)
-            for path in set_aside_after(out / "checkpoints", checkpoint.step, checkpoint.path) if checkpoint else []:
-                log.warning("checkpoint set aside: %s", path)
     first, state = agreement.share((checkpoint.step, checkpoint.state) if checkpoint else (0, None))
+    origin = checkpoint.path if checkpoint else None
 
     # --- Models -------------------------------------------------------------------------------------------------------
     teacher_name = demo.DEMO_TEACHER if config.teacher == "demo" else config.teacher
@@ -236,13 +235,9 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     distiller = distiller.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
     parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    size = sum(map(torch.numel, parameters)) / 1e6
     log.info("teacher  %s: %d features, %d px", teacher.name, teacher.feature_dim, teacher.image_size)
-    log.info(
-        "student  %s: %d features, %.2f M parameters",
-        student.name,
-        student.feature_dim,
-        sum(map(torch.numel, parameters)) / 1e6,
-    )
+    log.info("student  %s: %d features, %.2f M parameters", student.name, student.feature_dim, size)
 
     # --- Optimiser ----------------------------------------------------------------------------------------------------
     # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
@@ -267,17 +262,15 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         accelerator.scaler.load_state_dict(state["scaler"])
 
     # --- Data ---------------------------------------------------------------------------------------------------------
-    if config.data == "demo":
-        with accelerator.local_main_process_first():
-            data = demo.demo_shards("train")
-    else:
-        data = config.data
+    with agreement.together():  # one process of each machine builds the demo, the others then find it
+        if config.data == "demo" and accelerator.is_local_main_process:
+            demo.demo_shards("train")
     cursor = state["data"] if state else {}
     epoch, start_step = divmod(first, cursor["steps_per_epoch"]) if cursor else (0, 0)
     with agreement.together():
         stream = resources.enter_context(
             open_stream(
-                data,
+                demo.demo_shards("train") if config.data == "demo" else config.data,
                 global_batch=config.batch_size,
                 rank=rank,
                 world=world,
@@ -308,25 +301,21 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     if first > total:
         raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
     split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
-    log.info(
-        "data     %d images in %d shards, %d steps an epoch",
-        stream.num_samples,
-        len(stream.shards.shards),
-        stream.steps_per_epoch,
-    )
+    counts = stream.num_samples, len(stream.shards.shards), stream.steps_per_epoch
+    log.info("data     %d images in %d shards, %d steps an epoch", *counts)
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
     log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
     if first == total:
         log.info("         all steps are done already; for another run choose another --out")
     if config.warmup_steps >= total:
-        log.info(
-            "the warm-up (%d steps) is as long as the run: the peak learning rate is not reached", config.warmup_steps
-        )
+        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", config.warmup_steps)
 
     if folder is not None and first < total:
         folder.write_config(config)
         folder.write_environment(accelerator)
+        for path in set_aside_after(out / "checkpoints", first, origin):
+            log.warning("checkpoint set aside: %s", path)
         folder.forget_after(first)
     if config.tracker != "none":
         with agreement.together():
