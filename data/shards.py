@@ -218,13 +218,14 @@ def order(
 ) -> None:
     """Print step, global sample number, shard and key of every sample of an epoch, tab-separated, in training order.
 
-    `world` matters only where it changes the number of streams, which is said on stderr.
+    `world` matters only where it changes the number of streams, and that is said on stderr.
     """
     from data.order import count_streams, global_order
 
     shards = find_shards(data, allow_pipe=allow_pipe)
     used = count_streams(global_batch, world, streams)
-    print(f"{used} streams", file=sys.stderr)
+    if used != count_streams(global_batch, 1, streams):
+        print(f"{world} processes use {used} streams: another order than one process's", file=sys.stderr)
     keys: dict[int, list[str]] = {}
     batches = global_order(shards, global_batch=global_batch, streams=used, seed=seed, epoch=epoch)
     for step, batch in enumerate(batches):

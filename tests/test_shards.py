@@ -507,6 +507,10 @@ def test_order_is_the_order_of_training(images: Path, tmp_path: Path, capsys: py
     assert [(url, key) for _, _, url, key in rows] == [keys[number] for _, number in expected]
     assert main(["order", str(out), "--global_batch", "4", "--steps", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
+    assert main(["order", str(out), "--global_batch", "8", "--world", "2", "--streams", "1"]) == 1
+    assert "up to 1 streams" in capsys.readouterr().err
+    assert main(["order", str(out), "--global_batch", "12", "--world", "4", "--streams", "6"]) == 0
+    assert capsys.readouterr().err == "4 processes use 4 streams: another order than one process's\n"
     assert main(["order", str(out), "--global_batch", "16"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
