@@ -17,6 +17,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import struct
 import time
 import traceback
 import weakref
@@ -37,6 +38,7 @@ STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about
 PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives and wants us
 GRACE = 2.0  # seconds that workers get to end by themselves
 
+_TASK = struct.Struct("<qqq")  # epoch, step, slot
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)
@@ -94,9 +96,14 @@ class Pool:
         """Give a step to all workers; there must be room."""
         slot = self._free.popleft()
         for worker, connection in enumerate(self._connections):
+            # Plain bytes, and no exception kept as a context: a BrokenPipeError of `send` holds a pickle buffer in its
+            # traceback, and CPython 3.12.1 crashes when it collects such a buffer in a cycle.
             try:
-                connection.send((epoch, step, slot))
+                connection.send_bytes(_TASK.pack(epoch, step, slot))
+                ended = False
             except OSError:
+                ended = True
+            if ended:
                 self._fail(worker)
         self._submitted.append(slot)
 
@@ -210,7 +217,7 @@ def _work(
                 # The end of our pipe may stay open in the workers of a pool that was forked later.
                 if os.getppid() != parent or status[STOP]:
                     return
-            epoch, step, slot = connection.recv()
+            epoch, step, slot = _TASK.unpack(connection.recv_bytes())
             answer = _answer(reader, epoch, step, ring[slot])
             connection.send(answer)
 
