@@ -292,7 +292,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             "steps_per_epoch": stream.steps_per_epoch,
         }
         if cursor and cursor["fingerprint"] != here["fingerprint"]:
-            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards or counts)")
+            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards, counts or content)")
         if cursor and cursor != here:
             raise ConfigError(
                 f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
