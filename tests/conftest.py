@@ -13,9 +13,21 @@ sys.path.insert(0, str(ROOT))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# Without a GPU the Triton kernels themselves run in Triton's interpreter; it decides when triton is first imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("shiftlens", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("shiftlens")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels are tested: `cuda`, or `cpu` with Triton's interpreter."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session")
