@@ -2,6 +2,7 @@
 
     python eval/throughput.py data --data shards/train                          about two minutes on two cores
     python eval/throughput.py data --data shards/train --enlarge 375 --workers 0,2,4,8 --figure loading.png
+    python eval/throughput.py kernels --suite full --figure kernels.png         about seven minutes on one GPU
 
 `data` compares decoding one image at a time (one thread, images per CPU second of one core):
     published   Pillow, then torchvision's RandomResizedCrop, flip, ToTensor and Normalize on the CPU, as the papers do
@@ -14,6 +15,11 @@ CPU second of all processes together):
 further reading without decoding, and the PSNR of `ours` against `pil` with equal crops. The competitors take turns
 within each round and ratios are formed within a round, so that a busy machine slows both sides of a ratio; the figures
 are medians over rounds with the 20th and 80th percentile. Every worker runs one thread. Needs Linux (reads /proc).
+
+`kernels` compares the fused operations of kernels/ with eager PyTorch, torch.compile and their peers, each against a
+floor computed from the device's measured rates and against its targets; kernels/bench.py says how. Ends with 1 if ours
+failed anywhere. With --device cpu it only rehearses, on small shapes.
+
 Each number becomes a row of --rows, with its provenance; the table and the figure are made from the same rows.
 """
 
@@ -25,12 +31,12 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_string_type
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import loading
+from eval import loading, operations
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
@@ -38,11 +44,17 @@ WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "nu
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """Reads the command line; a wrong one exits with 2 and one line."""
-    default = loading.Config()
     parser = Parser(
         prog="eval/throughput.py", description="Measures parts of a training job against what they replace."
     )
     commands = parser.add_subcommands()
+    commands.add_subcommand("data", _data())
+    commands.add_subcommand("kernels", _kernels())
+    return parser.parse_args(arguments)
+
+
+def _data() -> Parser:
+    default = loading.Config()
     command = Parser(description="Image loading against the published pipeline and plain webdataset.")
     command.add_argument("--data", type=str, default=default.data, help="shards, or `demo` for the built-in digits")
     command.add_argument("--workers", type=WorkerCounts, default="0,1,2", help="numbers of worker processes to measure")
@@ -57,14 +69,34 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     )
     command.add_argument("--rows", type=str, default=default.rows, help="file that the results are appended to")
     command.add_argument("--figure", type=str, default=default.figure, help="image file to draw (empty: none)")
-    commands.add_subcommand("data", command)
-    return parser.parse_args(arguments)
+    return command
+
+
+def _kernels() -> Parser:
+    default = operations.Config()
+    command = Parser(description="Fused operations against eager PyTorch, torch.compile and their peers.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    add("operation", Literal["all", "distill_loss", "pgd_step", "probe_loss"], "operation to measure")
+    add("suite", Literal["full", "quick"], "all shapes, or the few that tell most; a CPU has the quick one only")
+    add("device", Literal["cuda", "cpu"], "where; a CPU runs small shapes")
+    add("compile", Literal["auto", "yes", "no"], "whether torch.compile takes part (auto: on a GPU)")
+    add("max_autotune", bool, "whether its mode max-autotune takes part too: half a minute for each case")
+    add("rounds", PositiveInt, "runs of each competitor, in turns")
+    add("minutes", PositiveFloat, "no case is begun after that many")
+    add("rows", str, "file that the results are appended to")
+    add("figure", str, "image file to draw (empty: none)")
+    return command
 
 
 def main(arguments: Sequence[str] | None = None) -> object:
     """Runs one measurement."""
     parsed = parse(arguments)
     options = parsed[parsed.subcommand].as_dict()
+    if parsed.subcommand == "kernels":
+        return operations.main(operations.Config(**options))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from data import DataError
 from data.pack import pack
 from data.tar import find_shards
 from data.transforms import TrainTransform, sample_random
-from eval import loading, throughput
-from eval.common import Spread, print_table, spread
+from eval import loading, operations, throughput
+from eval.common import Spread, print_table, run_script, spread
+from kernels import bench
+from kernels.bench_cases import CASES, CPU_CASES, Target
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +188,148 @@ def test_wrong_commands_are_one_line(shards: str, tmp_path: Path, capsys: pytest
         throughput.main(["data", "--data", shards, "--rows", str(tmp_path / "file" / "rows.jsonl")])
     with pytest.raises(DataError, match="nowhere"):
         throughput.main(["data", "--data", "/nowhere/at/all", "--rows", rows])
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.timeout(200)
+def test_kernels_rows_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows, figure = tmp_path / "deep" / "rows.jsonl", tmp_path / "figure.png"
+    options = ["--device", "cpu", "--rounds", "3", "--rows", str(rows), "--figure", str(figure)]
+    found = throughput.main(["kernels", *options])
+    assert isinstance(found, list)
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == json.loads(json.dumps(found))
+    assert "NaN" not in rows.read_text()
+    for row in found:
+        assert row["p20"] <= row["value"] <= row["p80"]
+        assert {"commit", "versions", "processor", "date", "config", "device", "threads", "n"} <= set(row)
+    assert [row["metric"] for row in found if "case" not in row] == ["copy bandwidth, GB/s"] + 2 * [
+        "matrix products, TFLOP/s"
+    ]
+    assert not [row for row in found if row["metric"] == "failed"]
+    timed = [row for row in found if row["metric"] == "time, us"]
+    assert {row["case"] for row in timed} == {case.name for case in CPU_CASES}
+    assert {(row["phase"], row["clock"], row["n"]) for row in timed} == {
+        (phase, "cpu", 3) for phase in ("forward", "backward", "both", "step")
+    }
+    ratios = {(row["case"], row["phase"], row["against"]) for row in found if row["metric"] == "speed-up"}
+    for case in CPU_CASES:
+        for phase in case.phases:
+            assert (case.name, phase, "eager") in ratios
+    assert {against for _, _, against in ratios} >= {
+        "eager",
+        "torchattacks",
+        "robustness",
+        "smoothadv",
+        "one by one",
+        "einsum",
+    }
+    printed = capsys.readouterr()
+    assert "`ours` is the reference" in printed.out
+    for case in CPU_CASES:
+        assert case.name in printed.out
+        assert case.name in printed.err
+    with Image.open(figure) as image:
+        assert image.size[0] == 1350
+
+
+def measured(case: Any, against: str, values: tuple[float, ...], target: Target | None = None) -> dict[str, Any]:
+    details = {"against": against, "clock": "gpu"}
+    found = bench.Measurement("speed-up", values, case, case.whole, "ours", target, details)
+    return {**operations.row(found), "device": "a GPU", "versions": {}, "commit": "0"}
+
+
+def test_kernels_verdicts(capsys: pytest.CaptureFixture) -> None:
+    """Targets are judged by medians; what torch.compile does faster in most rounds is listed."""
+    case = CASES[0]
+    target = Target("speed-up", "both", 1.15, 1.35, "compile")
+    absent = bench.Measurement("absent", (1.0,), case, "both", "ours", target, {"error": "?", "against": "eager"})
+    rows = [
+        measured(case, "compile", (1.0, 1.2, 9.0), target),
+        measured(case, "compile", (1.4, 1.4, 1.0), target),
+        measured(CASES[1], "compile", (0.9, 0.95, 0.99)),
+        measured(CASES[2], "compile", (0.9, 0.95, 1.2)),
+        measured(CASES[3], "eager", (0.5, 0.5, 0.5)),
+        {**operations.row(absent), "clock": "gpu", "device": "a GPU"},
+    ]
+    assert [row.get("verdict") for row in rows] == ["must", "stretch", None, None, None, "not measured"]
+    assert operations.slower_than_compiled(rows) == [rows[2]]
+    operations.report(rows)
+    printed = capsys.readouterr().out
+    assert "must: 1 of 3" in printed
+    assert "not measured: 1 of 3" in printed
+    assert "not to be the default there:\n  " + CASES[1].name in printed
+
+
+@pytest.mark.parametrize("path", ["out.png", "out.nothing"])
+def test_kernels_figure(path: str, tmp_path: Path) -> None:
+    """Every case and all three markers; a wrong extension is one line."""
+    rows = []
+    for number, case in enumerate(CASES):
+        for place, competitor in enumerate(("ours", "compile", "eager", "products")):
+            over = 1.1 + 0.3 * place + 0.01 * number
+            details = {"clock": "gpu", "over_floor": over, "flops": 1, "tflop_per_s": 1.0}
+            found = bench.Measurement("time, us", (9.0, 10.0, 12.0), case, case.whole, competitor, None, details)
+            rows.append({**operations.row(found), "device": "a GPU"})
+    if path == "out.png":
+        operations.draw(rows, str(tmp_path / path))
+        with Image.open(tmp_path / path) as image:
+            assert image.size[1] > 1000
+    else:
+        with pytest.raises(DataError, match="cannot write the figure"):
+            operations.draw(rows, str(tmp_path / path))
+    with pytest.raises(DataError, match="nothing to draw"):
+        operations.draw([], str(tmp_path / path))
+
+
+def test_wrong_kernels_commands_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (
+        ["--device", "tpu"],
+        ["--operation", "softmax"],
+        ["--suite", "large"],
+        ["--compile", "maybe"],
+        ["--rounds", "0"],
+        ["--minutes", "-1"],
+        ["--nothing", "1"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            throughput.main(["kernels", *arguments])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: throughput.main(["kernels", "--rows", str(tmp_path / "rows.jsonl")]))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: no CUDA device here; --device cpu runs small shapes\n"
+    with pytest.raises(DataError, match="the full suite has shapes for a GPU"):
+        throughput.main(["kernels", "--device", "cpu", "--suite", "full"])
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*/file/rows.jsonl: "):
+        throughput.main(["kernels", "--device", "cpu", "--rows", str(tmp_path / "file" / "rows.jsonl")])
+
+
+def test_kernels_fail_if_ours_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One case fails, the others are measured, rows and table are there, the exit code is 1."""
+    monkeypatch.setattr(bench, "CPU_CASES", CPU_CASES[5:7])
+
+    def broken(case: Any, compilers: Any, device: Any) -> Any:
+        if case is CPU_CASES[5]:
+            raise RuntimeError("broken")
+        return trial(case, compilers, device)
+
+    trial = bench.TRIALS["pgd_step"]
+    monkeypatch.setitem(bench.TRIALS, "pgd_step", broken)
+    rows = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: throughput.main(["kernels", "--device", "cpu", "--rounds", "1", "--rows", str(rows)]))
+    assert stop.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"error: ours failed in 1 of 2 cases: {CPU_CASES[5].name}"
+    assert f"failed: ours in {CPU_CASES[5].name}: RuntimeError: broken" in printed.out
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {row["case"] for row in found if row["metric"] == "time, us"} == {CPU_CASES[6].name}
