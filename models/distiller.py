@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kernels.distill_loss import Kind, projected_distill_loss, token_gram
+from kernels.dispatch import Kernel
+from kernels.distill_loss import projected_distill_loss, token_gram
 from models import ModelError
 from models.encoders import Encoder, Intermediates
+
+Distance = Literal["mse", "cosine", "smooth_l1"]
 
 
 class Distiller(nn.Module):
@@ -26,6 +30,7 @@ class Distiller(nn.Module):
         kind: distance of features and of hidden states; Gram matrices are always compared by squared error.
         hidden_blocks, gram_blocks: which blocks are matched; empty for none. Widths of hidden states may differ (a
             learned linear projector bridges them), numbers of tokens may not.
+        kernel: which implementation of the losses runs, see kernels/dispatch.py.
 
     Raises:
         ModelError: blocks or token counts that cannot be matched, or an image size that one of the two cannot take.
@@ -36,15 +41,17 @@ class Distiller(nn.Module):
         student: Encoder,
         teacher: Encoder,
         *,
-        kind: Kind = "mse",
+        kind: Distance = "mse",
         feature_weight: float = 1.0,
         hidden_weight: float = 0.0,
         hidden_blocks: Sequence[int] = (),
         gram_weight: float = 0.0,
         gram_blocks: Sequence[int] = (),
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
-        self.kind: Kind = kind
+        self.kind: Distance = kind
+        self.kernel: Kernel = kernel
         self.feature_weight, self.hidden_weight, self.gram_weight = feature_weight, hidden_weight, gram_weight
         self.hidden_blocks, self.gram_blocks = tuple(hidden_blocks), tuple(gram_blocks)
         # Both see the same images: a convolutional student takes the teacher's size, whatever its own default.
@@ -96,16 +103,17 @@ class Distiller(nn.Module):
             loss = loss + self.hidden_weight * terms["hidden"]
         if self.gram_blocks:
             pairs = zip(output.gram, target.gram, strict=True)
-            each = [projected_distill_loss(token_gram(s), None, None, token_gram(t)) for s, t in pairs]
+            each = [
+                projected_distill_loss(token_gram(s), None, None, token_gram(t), kernel=self.kernel) for s, t in pairs
+            ]
             terms["gram"] = torch.stack(each).mean()
             loss = loss + self.gram_weight * terms["gram"]
         norm = output.features.detach().float().norm(dim=-1).mean()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, "feature_norm": norm}
 
     def _distance(self, features: Tensor, projector: nn.Module, target: Tensor) -> Tensor:
-        if isinstance(projector, nn.Linear):
-            return projected_distill_loss(features, projector.weight, projector.bias, target, self.kind)
-        return projected_distill_loss(features, None, None, target, self.kind)
+        weight, bias = (projector.weight, projector.bias) if isinstance(projector, nn.Linear) else (None, None)
+        return projected_distill_loss(features, weight, bias, target, self.kind, kernel=self.kernel)
 
 
 def _projector(student: Tensor, teacher: Tensor) -> nn.Module:

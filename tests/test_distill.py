@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kernels import dispatch
 from models import ModelError
 from models.checkpoints import newest_checkpoint
 from models.distiller import Distiller
@@ -392,6 +393,40 @@ def test_projectors_bridge_widths(settings: dict[str, Any], tmp_path: Path) -> N
     names = weights_after(settings["out"])
     assert names["model/projector.weight"].shape == (64, 512)
     assert names["model/hidden_projectors.0.weight"].shape == (16, 64)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_kernels_train_as_the_reference_does(
+    kind: str, precision: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton kernels themselves, in a run with projectors, all three terms and two pieces a step."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    settings |= {"teacher": "cifar_resnet20/" + str(small_weights(tmp_path)), "student": "cifar_resnet32", "kind": kind}
+    settings |= {"hidden_weight": 0.1, "hidden_blocks": [2], "steps": 2, "accumulate": 2, "norm_stats": "own"}
+    if kind == "mse":  # another width, so that there is a projector
+        settings |= {"student": "cifar_resnet18", "hidden_blocks": [0]}
+        settings |= {"batch_size": 4}
+    main(Config(**settings, kernel="reference"))
+    main(Config(**{**settings, "out": str(tmp_path / "kernels")}, kernel="triton"))
+    for a, b in zip(rows(settings["out"]), rows(tmp_path / "kernels"), strict=True):
+        # Adam's first steps are those of signs: where a gradient is about 0, a rounding turns its step around.
+        tolerance = 0.02 if precision == "bf16" else 5e-3 if a["step"] else 1e-5
+        for name in ("loss", "feature", "hidden", "gradient_norm"):
+            assert b[name] == pytest.approx(a[name], rel=tolerance), (name, a["step"])
+
+
+def test_the_choice_of_kernels_is_said_and_checked(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    main(Config(**{**settings, "steps": 1}))
+    if not torch.cuda.is_available():
+        assert capfd.readouterr().err.count("kernel   distill_loss: reference (CPU)") == 1
+        monkeypatch.setattr(dispatch, "INTERPRETED", False)
+        with pytest.raises(ConfigError, match="--kernel triton: .*cpu tensors"):
+            main(Config(**{**settings, "out": settings["out"] + "-2"}, kernel="triton"))
 
 
 def small_weights(folder: Path, seed: int = 0) -> Path:

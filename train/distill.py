@@ -80,7 +80,7 @@ class Config:
     norm_stats: Literal["own", "teacher"] = option(
         "own", "batch-norm statistics: of each batch, or the teacher's running ones, frozen"
     )
-    kind: Literal["mse", "cosine"] = option("mse", "distance between features, and between hidden states")
+    kind: Literal["mse", "cosine", "smooth_l1"] = option("mse", "distance between features, and between hidden states")
     feature_weight: float = option(1.0, "weight of the feature term")
     hidden_weight: float = option(0.0, "weight of the hidden-state term (published: 0.1)")
     hidden_blocks: list[int] = option([-1], "blocks whose output is matched, e.g. [-1] = last; ResNet: stages 0..3")
@@ -104,6 +104,9 @@ class Config:
     max_bad_fraction: float = option(0.01, "largest tolerated share of unusable samples, 0..1")
     allow_pipe: bool = option(False, "allow `pipe:COMMAND` as a shard, which runs COMMAND in a shell")
     compile: bool = option(False, "torch.compile of teacher and student")
+    kernel: Literal["auto", "triton", "reference"] = option(
+        "auto", "losses by Triton kernels (on GPUs) or plain PyTorch; auto = Triton where it runs"
+    )
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     save_every: int = option(1000, "steps between checkpoints; one more is always saved at the end")
     keep: int = option(2, "newest checkpoints kept")
@@ -181,6 +184,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     from data import demo
     from data.stream import open_stream
     from data.transforms import TrainTransform, unit_interval
+    from kernels.dispatch import use_triton
     from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint, set_aside_after
     from models.distiller import BatchStatistics, Distiller
     from models.encoders import load_encoder
@@ -226,6 +230,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             hidden_blocks=config.hidden_blocks if config.hidden_weight else [],  # weight 0: not computed at all
             gram_weight=config.gram_weight,
             gram_blocks=config.gram_blocks if config.gram_weight else [],
+            kernel=config.kernel,
         ).train()
         if config.norm_stats == "teacher":
             freeze_norm_stats(student, teacher)
@@ -306,6 +311,10 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
     log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
+    try:
+        use_triton("distill_loss", config.kernel, torch.empty(0, device=device))  # now, as a compiled step cannot log
+    except ValueError as error:
+        raise ConfigError(f"--kernel {config.kernel}: {error}") from None
     if first == total:
         log.info("         all steps are done already; for another run choose another --out")
     if config.warmup_steps >= total:
