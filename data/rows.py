@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -58,6 +59,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on."""
     found = {"python": platform.python_version()}
@@ -67,8 +69,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The repository's commit, with "+" when tracked files differ from it; None outside a repository."""
+    """The repository's commit, with "+" when tracked files differ from it; None outside a repository.
+
+    Looked up once: what runs is the code as it was read, whatever is committed meanwhile.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -80,6 +86,7 @@ def commit() -> str | None:
         return None
 
 
+@functools.cache
 def processor() -> str:
     """The processor's model name, or its architecture where the system does not tell."""
     with contextlib.suppress(OSError):

@@ -20,8 +20,8 @@ from eval.common import Spread, print_table, spread
 if TYPE_CHECKING:
     from kernels.bench import Measurement
 
-COLOURS = {"ours": "#1f5fa8", "compile": "#e08a2e", "eager": "#8c8c8c"}
-MARKERS = {"ours": "o", "compile": "s", "eager": "^"}
+COLOURS = {"eager": "#8c8c8c", "torchattacks": "#7a5195", "compile": "#e08a2e", "ours": "#1f5fa8"}
+MARKERS = {"eager": "^", "torchattacks": "v", "compile": "s", "ours": "o"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,9 @@ def main(config: Config) -> list[dict[str, Any]]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DataError("no CUDA device here; --device cpu runs small shapes")
     for path in filter(None, (config.rows, config.figure)):
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot write {path}: {error.strerror}") from None
+        check_writable(Path(path))
+    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
+        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
     options = bench.Options(
         operations=bench.OPERATIONS if config.operation == "all" else (config.operation,),
         suite=config.suite,
@@ -75,21 +74,36 @@ def main(config: Config) -> list[dict[str, Any]]:
     about = {**device(config.device), "config": asdict(config)}
     rows: list[dict[str, Any]] = []
     begun: list[str] = []
-    for measurement in bench.run(options):
-        if measurement.case is not None and measurement.case.name not in begun:
-            begun.append(measurement.case.name)
-            print(f"{len(begun)}/{number}  {measurement.case.name}", file=sys.stderr, flush=True)
-        try:
-            rows.append(append_row(Path(config.rows), **row(measurement), **about))
-        except OSError as error:
-            raise DataError(f"cannot write {config.rows}: {error.strerror}") from None
-    report(rows)
+    try:
+        for measurement in bench.run(options):
+            if measurement.case is not None and measurement.case.name not in begun:
+                begun.append(measurement.case.name)
+                print(f"{len(begun)}/{number}  {measurement.case.name}", file=sys.stderr, flush=True)
+            try:
+                rows.append(append_row(Path(config.rows), **row(measurement), **about))
+            except OSError as error:
+                raise DataError(f"cannot write {config.rows}: {error.strerror}") from None
+    finally:  # what was measured until Ctrl-C, or until the disk was full, is told too
+        if rows:
+            report(rows)
     if config.figure:
         draw(rows, config.figure)
     failed = {found["case"] for found in rows if found["metric"] == "failed" and found["competitor"] == "ours"}
     if failed:
         raise DataError(f"ours failed in {len(failed)} of {number} cases: {', '.join(sorted(failed))}")
     return rows
+
+
+def check_writable(path: Path) -> None:
+    """Raises DataError if a file cannot be written there: now, and not after minutes of measuring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = path.exists()
+        path.open("ab").close()
+        if not found:
+            path.unlink()
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def device(kind: str) -> dict[str, Any]:
@@ -155,7 +169,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print(f"{about['device']}, {about['versions'].get('torch')}, commit {about['commit']}")
     for found in rows:
         if "case" not in found:
-            print(f"{found['metric']} {found.get('precision', '')}: {found['value']:,.1f}")
+            print(f"{' '.join(filter(None, (found['metric'], found.get('precision'))))}: {found['value']:,.1f}")
     if cpu:
         print(
             "On a CPU `ours` is the reference, as the dispatch chooses there: no figure here says anything of a kernel."
@@ -196,7 +210,7 @@ def times(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         beside = [one for one in rows if (one.get("case"), one.get("phase")) == (found["case"], found["phase"])]
         wall = found["clock"] == "wall"
         ratios = [
-            f"{one['against']} {one['value']:.2f}"
+            f"{one['against']} {one['value']:.2f}" + " (events)" * (one["clock"] == "events")
             for one in beside
             if one["metric"] == "speed-up" and (one["clock"] == "wall") == wall
         ]
@@ -243,7 +257,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     )
     for panel, operation in zip(panels[:, 0], operations, strict=True):
         names = cases[operation]
-        for competitor in ("eager", "compile", "ours"):
+        for competitor in MARKERS:
             own = [one for one in found if one["operation"] == operation and one["competitor"] == competitor]
             if not own:
                 continue

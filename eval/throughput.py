@@ -87,7 +87,7 @@ def _kernels() -> Parser:
     add("rounds", PositiveInt, "runs of each competitor, in turns")
     add("minutes", PositiveFloat, "no case is begun after that many")
     add("rows", str, "file that the results are appended to")
-    add("figure", str, "image file to draw (empty: none)")
+    add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
     return command
 
 

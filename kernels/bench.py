@@ -7,11 +7,13 @@
 Cases and targets: kernels/bench_cases.py. Competitors: kernels/bench_competitors.py. Rows, tables and the figure that
 are made from what `run` yields: eval/operations.py.
 
-Clocks. `gpu` is a replay of a CUDA graph between two events, after 256 MiB or more were written to clear the L2 cache.
-Small cases (`cache` is warm: all their bytes fit in half of L2) run twenty times within one graph, so that launches are
-not counted and data stay in the cache; they can beat a floor made from the bandwidth of memory. What waits for the
-device cannot be captured and is timed by events around plain calls (`events`), with its gaps. `wall` is ten plain calls
-by the host's clock, launches included. On a CPU there is one clock, `cpu`, on one thread.
+Clocks. `gpu` is a replay of a CUDA graph between two events, after 256 MiB or more were read to clear the L2 cache
+(written, they would leave it full of lines that what is timed has to write back). Small cases (`cache` is warm: all
+their bytes fit in half of L2) run twenty times within one graph, so that launches are not counted and data stay in the
+cache; they can beat a floor made from the bandwidth of memory. What waits for the device cannot be captured and is
+timed by events around plain calls (`events`), with its gaps; a ratio with such a time has that clock too and counts for
+no target. `wall` is ten plain calls by the host's clock, launches included. On a CPU there is one clock, `cpu`, on one
+thread.
 Within a round every competitor has one turn, in random order; a ratio is formed within a round. The phase `backward` is
 `both` less a forward that records gradients, in rounds of their own: an operation that forms its gradients in forward
 has next to none.
@@ -20,11 +22,13 @@ Floors are computed: the larger of useful bytes over copy bandwidth and useful o
 rates are measured in the same run on the same device. Useful bytes read each input once and write each result once.
 Extra memory is the peak beyond what was there before and beyond the results.
 Before it is timed, each competitor is compared with the float64 reference: ours may err at most twice as much as eager.
-Whatever fails (out of memory, a compiler's error, a wrong result) becomes a line of its own, and the suite goes on.
+Whatever fails (out of memory, a compiler's error, a wrong result, an unexpected wait for the device) becomes a line of
+its own, and the suite goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import random
@@ -79,7 +83,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def compilers(options: Options) -> dict[str, Callable[[Any], Any]]:
-    """Name → what makes a competitor of the reference."""
+    """Name → what makes a competitor of a function."""
     plain = partial(torch.compile, fullgraph=True, dynamic=False)
     found: dict[str, Callable[[Any], Any]] = {"compile": plain} if options.compile else {}
     if options.max_autotune:  # without its own CUDA graphs: the clock captures one
@@ -98,7 +102,7 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.scratch = torch.empty(max(256 * 2**20, 2 * self.cache), dtype=torch.uint8, device=device)
+        self.scratch = torch.zeros(max(256 * 2**20, 2 * self.cache) // 4, device=device)
         self.stream = torch.cuda.Stream(device)
 
     def timer(self, call: Callable[[], Any], *, warm: bool, graph: bool = True) -> Callable[[], float]:
@@ -108,7 +112,7 @@ class CudaClock:
 
         def once() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.scratch.zero_()  # also keeps the device busy while the host queues what is timed
+            self.scratch.sum()  # also keeps the device busy while the host queues what is timed
             start.record()
             replay()
             end.record()
@@ -131,19 +135,27 @@ class CudaClock:
     def _capture(self, call: Callable[[], Any], repeats: int) -> Callable[[], None]:
         before = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(before)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.stream(self.stream):
-                for _ in range(3):
+                for _ in range(2):
                     call()
+                # What waits for the device is found here: found by a capture, it would leave PyTorch unable to capture.
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    call()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize(self.device)
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 for _ in range(repeats):
                     call()
         except BaseException:
-            # A capture that fails leaves its stream behind: as the current one, and maybe still bound to its memory.
+            # A capture that fails leaves its stream behind, as the current one, and the allocator waiting for its end.
             torch.cuda.set_stream(before)
             self.stream = torch.cuda.Stream(self.device)
+            with contextlib.suppress(Exception):  # it was not waiting
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
         torch.cuda.synchronize(self.device)
         return graph.replay
@@ -272,14 +284,19 @@ def run(options: Options) -> Iterator[Measurement]:
             yield _missing("absent", case, "ours", f"not begun after {options.minutes:g} minutes")
             continue
         try:
+            _release(options, device)
             yield from measure(case, options, clock, rates, device)
         except Exception as error:  # one case must not end the suite
             yield _missing("failed", case, "ours", first_line(error))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if options.compile:
-            torch._dynamo.reset()  # otherwise its limit on recompilations ends with eager code
+
+
+def _release(options: Options, device: torch.device) -> None:
+    """Forgets what the last case left: compiled code, which may be recompiled a few times only, and memory."""
+    if compilers(options):
+        torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _missing(metric: str, case: Case, competitor: str, error: str) -> Measurement:
@@ -303,20 +320,23 @@ def measure(
     warm = case.work(case.whole).bytes <= clock.cache / 2
 
     times: dict[tuple[str, str, str], list[float]] = {}  # phase, clock, competitor → seconds by round
+    clocks: dict[tuple[str, str], str] = {}  # phase, competitor → clock other than `wall`
     for phase in (*case.phases, *(() if case.whole == "step" else ("recorded",))):
         timers: dict[str, Callable[[], float]] = {}
-        clocks: dict[str, str] = {}
         for name, way in list(ways.items()):
             try:
-                timers[name], clocks[name] = _timer(clock, way, phase, warm)
+                timers[name], clocks[phase, name], obstacle = _timer(clock, way, phase, warm)
             except Exception as error:
                 yield _missing("failed", case, name, f"{phase}: {first_line(error)}")
                 del ways[name]
+                continue
+            if obstacle:
+                yield _missing("failed", case, name, f"{phase}: not captured, timed with its gaps: {obstacle}")
         for name, seconds in take_turns(timers, options.rounds).items():
-            times[phase, clock.name, name] = seconds
+            times[phase, clocks[phase, name], name] = seconds
             if phase != "recorded":
                 details = {
-                    "clock": clocks[name],
+                    "clock": clocks[phase, name],
                     "cache": "warm" if warm else "cold",
                     "note": ways[name].note,
                     "relative_error": errors.get(name),
@@ -326,9 +346,9 @@ def measure(
         del timers  # graphs hold memory
     if case.whole == "both":
         for name in ways:
-            both, recorded = (times[phase, clock.name, name] for phase in ("both", "recorded"))
+            both, recorded = (times[phase, clocks[phase, name], name] for phase in ("both", "recorded"))
             seconds = [a - b for a, b in zip(both, recorded, strict=True)]
-            yield _timed(case, "backward", name, seconds, {"clock": clock.name})
+            yield _timed(case, "backward", name, seconds, {"clock": clocks["both", name]})
     memory: dict[str, float] = {}
     if isinstance(clock, CudaClock):
         walls = {name: partial(clock.wall, way.phases[case.whole]) for name, way in ways.items()}
@@ -341,12 +361,9 @@ def measure(
     yield from compare(case, times, memory, rates)
 
 
-def check(case: Case, ways: Mapping[str, Way], exact: Callable[[torch.dtype], list[Tensor]]) -> dict[str, float | str]:
+def check(case: Case, ways: Mapping[str, Way], exact: Callable[[], list[Tensor]]) -> dict[str, float | str]:
     """Competitor → the largest relative error of its results against float64, or why it must not be timed."""
-    try:
-        right = exact(torch.float64)
-    except torch.OutOfMemoryError:
-        right = exact(torch.float32)
+    right = exact()
     found: dict[str, float | str] = {}
     for name, way in ways.items():
         try:
@@ -375,16 +392,17 @@ def relative_error(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def _timer(clock: CudaClock | CpuClock, way: Way, phase: str, warm: bool) -> tuple[Callable[[], float], str]:
-    """A timer and the name of its clock: a graph's where it can be captured."""
-    if isinstance(clock, CudaClock) and not way.graph:
-        return clock.timer(way.phases[phase], warm=warm, graph=False), "events"
-    try:
-        return clock.timer(way.phases[phase], warm=warm), clock.name
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # what cannot be captured can still be timed; what is broken fails again
-        return clock.timer(way.phases[phase], warm=warm, graph=False), "events"
+def _timer(clock: CudaClock | CpuClock, way: Way, phase: str, warm: bool) -> tuple[Callable[[], float], str, str]:
+    """A timer, the name of its clock, and why that is not the graph's where it should have been."""
+    obstacle = ""
+    if way.graph or isinstance(clock, CpuClock):
+        try:
+            return clock.timer(way.phases[phase], warm=warm), clock.name, ""
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what cannot be captured can still be timed; what is broken fails again
+            obstacle = first_line(error)
+    return clock.timer(way.phases[phase], warm=warm, graph=False), "events", obstacle
 
 
 def _timed(case: Case, phase: str, name: str, seconds: Sequence[float], details: Mapping[str, Any]) -> Measurement:
@@ -409,10 +427,12 @@ def compare(
 ) -> Iterator[Measurement]:
     """How much faster ours is than each competitor, and each target; one that could not be measured is `absent`."""
     for (phase, clock, name), seconds in times.items():
-        ours = times.get((phase, clock, "ours"))
-        if ours is None or name in ("ours", "products") or phase == "recorded":
+        own_clocks = {"gpu": ("gpu", "events"), "events": ("events", "gpu")}.get(clock, (clock,))
+        own_clock = next((own for own in own_clocks if (phase, own, "ours") in times), None)
+        if own_clock is None or name in ("ours", "products") or phase == "recorded":
             continue
-        ratios = tuple(other / own for other, own in zip(seconds, ours, strict=True))
+        clock = clock if clock == own_clock else "events"
+        ratios = tuple(other / own for other, own in zip(seconds, times[phase, own_clock, "ours"], strict=True))
         target = next(
             (
                 target

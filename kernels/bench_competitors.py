@@ -1,6 +1,7 @@
 """Who takes part in the benchmark: ours, eager PyTorch, torch.compile, and what others would run.
 
-`eager` is the operation's own plain PyTorch reference, `compile` is torch.compile of that reference, `ours` the Triton
+`eager` is the operation's own plain PyTorch reference, `compile` is torch.compile of it or, where a step was published,
+of the published one: the reference first divides gradients by their largest entry, one more pass. `ours` are the Triton
 kernels (on a CPU what the dispatch chooses there, the reference: the interpreter is never timed). `products` runs only
 the matrix products of the operation, by the vendor's library. Peers, called as their users call them:
     liger         Liger-Kernel's chunked losses. They want the teacher's head: `cosine` gets an identity (one product
@@ -31,7 +32,7 @@ from kernels.distill_loss import projected_distill_loss
 from kernels.pgd_step import pgd_step
 from kernels.probe_loss import multi_head_cross_entropy
 
-# Name → what makes a competitor of the reference: torch.compile in one of its modes.
+# Name → what makes a competitor of a function: torch.compile in one of its modes.
 Compilers = Mapping[str, Callable[[Any], Any]]
 
 
@@ -54,10 +55,10 @@ class Way:
 
 @dataclass
 class Trial:
-    """A case with its inputs: the competitors by name, or the reason why one is missing, and the exact results."""
+    """A case with its inputs: the competitors by name, or the reason why one is missing, and the float64 results."""
 
     ways: dict[str, Way | str]
-    exact: Callable[[torch.dtype], list[Tensor]]
+    exact: Callable[[], list[Tensor]]
 
 
 def training(parts: Sequence[tuple[Callable[[], Tensor], Sequence[Tensor]]], **about: Any) -> Way:
@@ -113,10 +114,10 @@ def distill_trial(case: Case, compilers: Compilers, device: torch.device) -> Tri
     def way(function: Callable[..., Tensor], **about: Any) -> Way:
         return training([(lambda: _precision(case, device, function, *leaves, target), leaves)], **about)
 
-    def exact(dtype: torch.dtype) -> list[Tensor]:
-        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
-        head = {"target_weight": named["target_weight"].to(dtype)} if "target_weight" in named else {}
-        loss = reference(*inputs, target.to(dtype), **head)
+    def exact() -> list[Tensor]:
+        inputs = [tensor.detach().double().requires_grad_() for tensor in leaves]
+        head = {"target_weight": named["target_weight"].double()} if "target_weight" in named else {}
+        loss = reference(*inputs, target.double(), **head)
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
     ways: dict[str, Way | str] = {
@@ -193,36 +194,42 @@ def pgd_trial(case: Case, compilers: Compilers, device: torch.device) -> Trial:
         """Relative to the clean images: beside them an error in the perturbation would not show."""
         return [results[0] - clean.to(results[0].dtype), *results[1:]]
 
-    def way(function: Callable[..., Tensor], **about: Any) -> Way:
-        inputs = (adv, grad, clean)
-        written = [named["model_input"]] if "model_input" in named else []
-        return Way({"step": lambda: [function(*inputs), *written]}, outcome=changes, **about)
+    def way(function: Callable[..., Tensor | list[Tensor]]) -> Way:
+        def call() -> list[Tensor]:
+            found = function(adv, grad, clean)
+            written = [named["model_input"]] if "model_input" in named else []
+            return found if isinstance(found, list) else [found, *written]
 
-    def peer(function: Callable[..., Tensor]) -> Way:
+        return Way({"step": call}, outcome=changes)
+
+    def published(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
         """One of the published steps, and the model's input as its users form it."""
 
-        def call() -> list[Tensor]:
+        def images(adv: Tensor, grad: Tensor, clean: Tensor) -> list[Tensor]:
             found = function(adv, grad, clean, step, eps)
             if "noise" not in named:
                 return [found]
             return [found, (found + named["noise"]).to(torch.bfloat16, memory_format=torch.channels_last)]
 
-        return Way({"step": call}, outcome=changes)
+        return images
 
-    def exact(dtype: torch.dtype) -> list[Tensor]:
+    def exact() -> list[Tensor]:
         settings = {name: value for name, value in named.items() if name not in ("noise", "model_input")}
-        found = pgd_step(adv.to(dtype), grad.to(dtype), clean.to(dtype), **settings, kernel="reference")
-        more = [found + named["noise"].to(dtype)] if "noise" in named else []
-        return [found - clean.to(dtype), *more]
+        found = pgd_step(adv.double(), grad.double(), clean.double(), **settings, kernel="reference")
+        more = [found + named["noise"].double()] if "noise" in named else []
+        return [found - clean.double(), *more]
 
+    plain = {("linf", "ball_then_box"): _torchattacks_linf, ("l2", "ball_then_box"): _torchattacks_l2}
+    plain["l2", "box_then_ball"] = _smoothadv_l2
+    compiled = published(plain[norm, order]) if (norm, order) in plain else reference
     ways: dict[str, Way | str] = {
         "ours": way(partial(pgd_step, **named, kernel=_ours(device), out=destination)),
         "eager": way(reference),
-        **{name: way(make(reference)) for name, make in compilers.items()},
+        **{name: way(make(compiled)) for name, make in compilers.items()},
     }
     if order == "ball_then_box" and norm in ("linf", "l2"):
-        ways["torchattacks"] = peer({"linf": _torchattacks_linf, "l2": _torchattacks_l2}[norm])
-        ways["robustness"] = peer({"linf": _robustness_linf, "l2": _robustness_l2}[norm])
+        ways["torchattacks"] = way(published(plain[norm, order]))
+        ways["robustness"] = way(published({"linf": _robustness_linf, "l2": _robustness_l2}[norm]))
     if order == "box_then_ball" and norm == "l2":
         ways["smoothadv"] = _smoothadv(adv, grad, clean, step, eps)
     return Trial(ways, exact)
@@ -254,6 +261,12 @@ def _robustness_l2(adv: Tensor, grad: Tensor, clean: Tensor, step: float, eps: f
     norms = torch.norm(grad.view(len(grad), -1), dim=1).view(-1, 1, 1, 1)
     moved = adv + grad / (norms + 1e-10) * step
     return torch.clamp(clean + (moved - clean).renorm(p=2, dim=0, maxnorm=eps), 0, 1)
+
+
+def _smoothadv_l2(adv: Tensor, grad: Tensor, clean: Tensor, step: float, eps: float) -> Tensor:
+    """For torch.compile: without the test for zero gradients, which waits for the device."""
+    norms = torch.norm(grad.view(len(grad), -1), p=2, dim=1).view(-1, 1, 1, 1)
+    return clean + (torch.clamp(adv + step * (grad / norms), 0, 1) - clean).renorm(p=2, dim=0, maxnorm=eps)
 
 
 def _smoothadv(adv: Tensor, grad: Tensor, clean: Tensor, step: float, eps: float) -> Way:
@@ -293,9 +306,9 @@ def probe_trial(case: Case, compilers: Compilers, device: torch.device) -> Trial
         arguments = (features, weight, bias, labels)
         return training([(lambda: _precision(case, device, function, *arguments), (weight, bias))], **about)
 
-    def exact(dtype: torch.dtype) -> list[Tensor]:
-        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (weight, bias)]
-        losses = reference(features.to(dtype), *inputs, labels)
+    def exact() -> list[Tensor]:
+        inputs = [tensor.detach().double().requires_grad_() for tensor in (weight, bias)]
+        losses = reference(features.double(), *inputs, labels)
         return [losses.detach(), *torch.autograd.grad(losses.sum(), inputs)]
 
     def einsum(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:

@@ -170,6 +170,12 @@ def _write(out, model_input, noise, value, row, index, inside, values, inner, co
 
 
 @jit
+def _largest(g):
+    """max |g|; infinity if there is a NaN, which a GPU's maximum passes over: among zeros it is no zero gradient."""
+    return tl.max(tl.where(g == g, tl.abs(g), float("inf")), 0)
+
+
+@jit
 def _unit(g, largest):
     """Gradient over its largest entry: its square neither vanishes nor overflows."""
     return g / tl.where(largest == 0, 1.0, largest)
@@ -250,7 +256,7 @@ def _row_kernel(adv, grad, clean, zero, out, model_input, noise, step_size, step
     inside = index < values
     x, g, c = _read_images(adv, grad, clean, row, index, inside, values, inner, GRAD, CLEAN)
     step, bound = _setting(step_size, step_sizes, row), _setting(eps, eps_each, row)
-    largest = tl.max(tl.abs(g), 0)
+    largest = _largest(g)
     unit = _unit(g, largest)
     length = tl.sum(tl.abs(unit), 0) if L1 else tl.sqrt_rn(tl.sum(unit * unit, 0))
     rate = _rate(step, largest, length, L1, BOX_FIRST)
@@ -278,7 +284,7 @@ def _sums_kernel(adv, grad, clean, partials, values, inner, chunks, BOX_FIRST: t
     inside = index < values
     place = partials + row * 4 * chunks + chunk
     g = _read(grad, row, index, inside, values, inner, GRAD)
-    largest = tl.max(tl.abs(g), 0)
+    largest = _largest(g)
     unit = _unit(g, largest)
     tl.store(place, largest)
     tl.store(place + chunks, tl.sum(unit * unit, 0))
@@ -364,6 +370,7 @@ def _launch(
     samples, values = adv.shape[0], adv.numel() // adv.shape[0]
     plain, channels = adv.is_contiguous(), adv.shape[1] if adv.ndim > 1 else 1
     zero = None if zero is None else _ordered(zero, plain)
+    step_sizes, eps_each = (None if each is None else each.contiguous() for each in (step_sizes, eps_each))
     if norm != "linf" and ROW_BLOCKS[-2][0] < values <= LONGEST_ROW:
         # Registers hold three values of such a sample, but not also their places in another memory format.
         grad, clean = _ordered(grad, plain), _ordered(clean, plain)
@@ -408,8 +415,10 @@ def _(*_arguments: Any) -> None:
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     """First address, and the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    start, length = tensor.data_ptr(), tensor.numel()
+    if not tensor.is_contiguous():
+        length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + length * tensor.element_size()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -435,17 +444,20 @@ def _check_images(adv: Tensor, others: dict[str, Tensor]) -> None:
         raise ValueError(f"noise {tuple(noise.shape)} needs a model_input of its shape, not {held}")
 
 
-def _check_written(name: str, image: Tensor, inputs: dict[str, Tensor]) -> None:
-    """Strides of an output, and that it shares no memory with an input."""
-    if not (image.is_contiguous() or _channels_last(image)):
-        raise ValueError(f"{name} {tuple(image.shape)} is neither contiguous nor channels-last: {image.stride()}")
-    if torch.compiler.is_compiling() or not image.numel():  # there are no addresses while compiling
+def _check_written(written: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    """Strides of the outputs, and that they share no memory with each other or with inputs."""
+    for name, image in written.items():
+        if not (image.is_contiguous() or _channels_last(image)):
+            raise ValueError(f"{name} {tuple(image.shape)} is neither contiguous nor channels-last: {image.stride()}")
+    if not written or torch.compiler.is_compiling():  # there are no addresses while compiling
         return
-    start, end = _memory(image)
-    for other, tensor in inputs.items():
-        first, last = _memory(tensor)
-        if first < end and start < last:
-            raise ValueError(f"{name} {tuple(image.shape)} overlaps {other} {tuple(tensor.shape)} in memory")
+    taken = {name: (image, *_memory(image)) for name, image in inputs.items()}
+    for name, image in written.items():
+        start, end = _memory(image)
+        for other, (tensor, first, last) in taken.items():
+            if first < end and start < last:
+                raise ValueError(f"{name} {tuple(image.shape)} overlaps {other} {tuple(tensor.shape)} in memory")
+        taken[name] = image, start, end
 
 
 def _check_number(name: str, value: Number, samples: int) -> None:
@@ -506,12 +518,11 @@ def pgd_step(
     if zero_direction is not None and (norm, order) != ("l2", "box_then_ball"):
         raise ValueError(f"zero_direction {tuple(adv.shape)}: only for l2 in order box_then_ball, not {norm}, {order}")
     in_place = out is adv or (out is not None and not torch.compiler.is_compiling() and _same(out, adv))
-    for name, image in written.items():
-        _check_written(name, image, inputs if name == "out" and in_place else {"adv": adv, **inputs})
-    if len(written) == 2:
-        _check_written("model_input", written["model_input"], {"out": written["out"]})
+    _check_written(written, inputs if in_place else {"adv": adv, **inputs})
     _check_number("step_size", step_size, adv.shape[0])
     _check_number("eps", eps, adv.shape[0])
+    # Triton and torch know Python's numbers, not NumPy's.
+    step_size, eps = (value if isinstance(value, Tensor) else float(value) for value in (step_size, eps))
     operation = "pgd_step"
     if norm == "l1" and adv[:1].numel() > LONGEST_ROW:
         operation = f"pgd_step (l1, samples above {LONGEST_ROW} values)"

@@ -377,6 +377,19 @@ def test_zero_gradients(device: str, values: int, kernel: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("values", [12, LONG])
+def test_nan_among_zeros_is_no_zero_gradient(device: str, values: int, kernel: Any) -> None:
+    torch.manual_seed(0)
+    adv, grad, clean = example_images((3, values), "l2", torch.float32, device)
+    grad[:2] = 0
+    grad[0, 3] = grad[1] = float("nan")
+    for zero in (None, torch.randn(3, values, device=device)):
+        new = pgd_step(adv, grad, clean, step_size=0.1, eps=0.5, norm="l2", zero_direction=zero, kernel=kernel)
+        assert new[:2].isnan().all()
+        assert new[2].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("norm", "values"), [("linf", 40), ("l2", 40), ("l1", 40), ("l2", LONG)])
 def test_no_radius_gives_clean_and_one_radius_per_sample(
@@ -443,6 +456,23 @@ def test_expanded_inputs(device: str, norm: Any, shape: tuple[int, ...]) -> None
     new = pgd_step(adv, grad, clean, step_size=0.1, eps=EPS[norm], norm=norm, kernel="triton")
     full = pgd_step(*(x.contiguous() for x in (adv, grad, clean)), step_size=0.1, eps=EPS[norm], norm=norm)
     assert (new - full).abs().max() <= 2**-23
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_numbers_of_any_origin(device: str, norm: Any) -> None:
+    """One number for all: Python's, NumPy's, or a tensor's, expanded or every other entry of a longer one."""
+    torch.manual_seed(0)
+    adv, grad, clean = example_images((3, 3, 6, 6), norm, torch.float32, device)
+    apart = torch.tensor([0.5, 9.0] * 3, device=device)[::2]
+    for kernel in ("triton", "reference"):
+        options: dict[str, Any] = {"norm": norm, "kernel": kernel}
+        expected = pgd_step(adv, grad, clean, step_size=0.5, eps=0.5, **options)
+        values: tuple[Any, ...] = np.float32(0.5), np.float64(0.5), apart[:1].expand(3), apart
+        for value in values:
+            new = pgd_step(adv, grad, clean, step_size=value, eps=value, **options)
+            assert torch.equal(new, expected), value
+        whole = [pgd_step(adv, grad, clean, step_size=value, eps=value, **options) for value in (1, 1.0)]
+        assert torch.equal(*whole)
 
 
 # --- Compilers --------------------------------------------------------------------------------------------------------
