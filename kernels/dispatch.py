@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: its Triton kernels or its plain PyTorch reference; and Triton itself.
 
-    auto       Triton for float32, bfloat16 and float16 tensors on CUDA or ROCm devices, the reference for all others
+    auto       Triton for float32, bfloat16 and float16 tensors on ROCm and CUDA devices (compute capability 8.0 or
+               higher), the reference for all others
     triton     Triton, or ValueError where it cannot run; on CPU tensors only under TRITON_INTERPRET=1 (slow: for tests)
     reference  the reference
 
@@ -10,6 +11,7 @@ imported where Triton does not exist (macOS, Windows).
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Literal
 
@@ -76,10 +78,25 @@ def _obstacle(tensors: list[Tensor]) -> str:
     other = next((tensor.dtype for tensor in tensors if tensor.dtype not in KERNEL_TYPES), None)
     if other is not None:
         return f"{other} tensors"
-    device = tensors[0].device.type
-    if device == "cuda" or (device == "cpu" and INTERPRETED):
+    device = tensors[0].device
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type == "cpu":
+        return "" if INTERPRETED else "cpu tensors without TRITON_INTERPRET=1"
+    return f"{device.type} tensors"
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: torch.device) -> str:
+    """Names an NVIDIA GPU before Ampere: it has no bfloat16 products, and no kernel was ever compiled for it."""
+    return _age(device)
+
+
+@functools.cache
+def _age(device: torch.device) -> str:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
         return ""
-    return f"{device} tensors" + (" without TRITON_INTERPRET=1" if device == "cpu" else "")
+    return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
 
 
 def _say_once(operation: str, choice: str) -> None:

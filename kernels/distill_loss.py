@@ -352,11 +352,10 @@ def _tile(rows: int, width: int, device: torch.device) -> Tile:
     return large if 2 * programs >= processors(device) else small
 
 
-def row_blocks(width: int) -> tuple[int, int, int, int]:
-    """Rows of one program, columns of one block, blocks of one row, warps."""
+def row_blocks(width: int) -> tuple[int, int, int]:
+    """Rows of one program, columns of one block, blocks of one row."""
     block = min(triton.next_power_of_2(width), 4096)
-    rows = max(1, 2048 // block)
-    return rows, block, triton.cdiv(width, block), 8 if rows * block >= 2048 else 4
+    return max(1, 2048 // block), block, triton.cdiv(width, block)
 
 
 def _launch_project(
@@ -394,20 +393,18 @@ def _launch_rows(
     kind: str, parameter: float, loss_scale: float, gradient_scale: float,
 ) -> None:  # fmt: skip
     rows, width = prediction.shape
-    per_program, block, blocks, warps = row_blocks(width)
+    per_program, block, blocks = row_blocks(width)
     _rows_kernel[(triton.cdiv(rows, per_program),)](
         prediction, target, row_scale, gradient, losses, rows, loss_scale, gradient_scale, parameter,
         width, prediction.stride(0), target.stride(0), 0 if gradient is None else gradient.stride(0),
-        KINDS.index(kind), per_program, block, blocks, num_warps=warps,
+        KINDS.index(kind), per_program, block, blocks, num_warps=8,
     )  # fmt: skip
 
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows of one chunk: all of them where they fit, else equal chunks of whole tiles."""
-    most = max(CHUNK_BYTES // row_bytes, CHUNK_ROWS)
-    if rows <= most:
-        return rows
-    return min(most, 128 * math.ceil(rows / math.ceil(rows / most) / 128))
+    """Rows of one chunk: all of them where they fit, else equal chunks of whole tiles (so that slices stay aligned)."""
+    most = max(CHUNK_BYTES // row_bytes, CHUNK_ROWS) // 128 * 128
+    return rows if rows <= most else 128 * math.ceil(rows / math.ceil(rows / most) / 128)
 
 
 def extra_bytes(
@@ -426,7 +423,7 @@ def extra_bytes(
     tiles = math.ceil(target_width / 64) if dtype != torch.float32 and kind in ("mse", "smooth_l1") else 1
     sums = 4 * rows * (tiles if projected else 1)
     if projected:  # dweight in float32, of one chunk and of all so far; the parameters in the features' type
-        sums += (2 * 4 + dtype.itemsize) * target_width * (student_width + 1) + 4 * math.ceil(chunk / 64) * target_width
+        sums += (2 * 4 + dtype.itemsize) * target_width * (student_width + 1) + 4 * math.ceil(rows / 64) * target_width
     return whole + sums
 
 
@@ -447,10 +444,12 @@ def _run(
     """
     rows, dtype = features.shape[0], _product_type(features, weight, lowered)
     features, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (features, target))
+    row_scale = None if row_scale is None else row_scale.contiguous()
     head = lowered or target.dtype
     matrix = features.new_empty(0) if weight is None else weight.to(dtype).contiguous()
     teacher_matrix = None if target_weight is None else target_weight.to(head)
-    bias, target_bias = None if bias is None else bias.to(dtype), None if target_bias is None else target_bias.to(head)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    target_bias = None if target_bias is None else target_bias.to(head)
     width = features.shape[1] if weight is None else matrix.shape[0]
     per_row = {"cosine": (1.0, 1.0), "kl": (parameter**2, parameter)}.get(kind, (1 / width, 1 / width))
     how = (kind, 1 / parameter if kind == "kl" else parameter, loss_scale * per_row[0], gradient_scale * per_row[1])
@@ -470,8 +469,7 @@ def _run(
     d_bias: Tensor | None = None
     student = empty(step, width, dtype=dtype, wanted=weight is not None and (any(want) or not fused))
     logits = empty(step, width, dtype=head, wanted=target_weight is not None)
-    partial = empty(math.ceil(rows / max(step, 1)) * math.ceil(step / tile.m), width, wanted=fused and want[2])
-    tiles = 0
+    partial = empty(math.ceil(rows / tile.m), width, wanted=fused and want[2])
     for start in range(0, rows, max(step, 1)):
         part = slice(start, start + step)
         source, teacher = features[part].to(dtype), target[part]
@@ -481,9 +479,8 @@ def _run(
             teacher = _product(teacher.to(head), teacher_matrix, target_bias, logits[:size])
         if fused:
             delta = delta if any(want) else None
-            sums = partial[tiles : tiles + math.ceil(size / tile.m)] if want[2] else None
+            sums = partial[start // tile.m :] if want[2] else None
             _launch_project(source, matrix, bias, teacher, scale, delta, losses[part], sums, tile, *how)
-            tiles += math.ceil(size / tile.m)
         else:
             prediction = source if weight is None or delta is None else _product(source, matrix, bias, delta)
             _launch_rows(prediction, teacher, scale, delta if any(want) else None, losses[part], *how)
@@ -500,7 +497,7 @@ def _run(
             total = delta.sum(0, dtype=torch.float32)
             d_bias = total if d_bias is None else d_bias.add_(total)
     if fused and want[2]:
-        d_bias = partial[:tiles].sum(0)
+        d_bias = partial.sum(0)
     nothing = features.new_zeros  # for no rows at all
     if d_weight is None:
         d_weight = nothing(matrix.shape if want[1] else 0, dtype=torch.float32)
@@ -608,7 +605,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]
         gradients = d_features, *_scale(d_features, d_weight, d_bias, factor, *ctx.types)
     else:
         *inputs, row_weight, target_weight, target_bias = ctx.saved_tensors
-        row_scale = upstream.contiguous() if row_weight is None else upstream * row_weight
+        row_scale = upstream if row_weight is None else upstream * row_weight
         found = _loss(*inputs, row_scale, target_weight, target_bias, *ctx.options, False, *ctx.want)
         gradients = found[1], found[2].to(ctx.types[0]), found[3].to(ctx.types[1])
     return *(g if wanted else None for g, wanted in zip(gradients, ctx.want, strict=True)), *[None] * 11
@@ -692,7 +689,7 @@ def _fault(
     features: Tensor, weight: Tensor | None, bias: Tensor | None, target: Tensor, row_weight: Tensor | None,
     target_weight: Tensor | None, target_bias: Tensor | None,
 ) -> str:  # fmt: skip
-    """What is wrong with the shapes; empty if nothing is."""
+    """What is wrong with the shapes, or with where the weights are; empty if nothing is."""
 
     def shapes() -> str:  # not before it is needed: torch.compile would fix every dimension that is printed
         return f"features {tuple(features.shape)} and target {tuple(target.shape)}"
@@ -711,6 +708,8 @@ def _fault(
     if widths[0] != widths[1] or features.shape[:-1] != target.shape[:-1]:
         how = "" if weight is None else f"weight {tuple(weight.shape)} does not map one to the other: "
         return f"{how}{shapes()} differ in shape"
+    if row_weight is not None and row_weight.device != features.device:
+        return f"row_weight on {row_weight.device}, features on {features.device}"
     if row_weight is not None and row_weight.shape != features.shape[:-1]:
         return f"row_weight {tuple(row_weight.shape)} is not of the leading shape of {shapes()}"
     return ""

@@ -65,7 +65,7 @@ def rows() -> list[Build]:
         ("kl", "bf16", 1000, False),
         ("kl", "bf16", 1000, True),
     ):
-        per_program, block, blocks, warps = row_blocks(width)
+        per_program, block, blocks = row_blocks(width)
         pointers = {"gradient": f"*{element}"} if gradients else {}
         signature = {
             **dict.fromkeys(("prediction", "target"), f"*{element}"),
@@ -81,7 +81,7 @@ def rows() -> list[Build]:
                 _rows_kernel,
                 signature | pointers,
                 constants | ({} if gradients else {"gradient": None}),
-                warps=warps,
+                warps=8,
                 wide=gradients,
             )
         )
