@@ -1,10 +1,12 @@
-"""The order of an epoch: canonical streams, as pure arithmetic on sample numbers.
+"""The order of an epoch of training (canonical streams) and of a pass, as pure arithmetic on sample numbers.
 
 With n samples, global batch B and S streams, an epoch has n // B steps. The shards, permuted by (seed, epoch), form a
 circle that is entered at a random sample, so that each epoch drops another remainder. The first steps * B samples are
 cut into S equal runs. Each run is shuffled by its own small buffer, and the global batch of a step takes the same
 number of samples from every run, run after run. So the order depends on (shards, B, S, seed, epoch) and on nothing
 else: ranks and workers only divide the runs among themselves.
+
+A pass for evaluation takes the samples as they stand, each once, and its last batch may be smaller.
 
 Only raw 64-bit draws of PCG64 are used: numpy promises those never to change, unlike its `permutation` and `integers`.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +35,22 @@ class Segment:
     first: int
     length: int
     position: int
+
+
+class Order(Protocol):
+    """What a reader asks of an order. Positions count along the segments of a stream, which are its reading order."""
+
+    def rows(self, stream: int) -> int:
+        """Samples that the stream gives to each step; the last step may get fewer."""
+
+    def run(self, stream: int) -> np.ndarray:
+        """The stream's positions in the order in which it emits them, int64."""
+
+    def numbers(self, stream: int, positions: np.ndarray) -> np.ndarray:
+        """Global sample numbers at positions of the stream."""
+
+    def segments(self, stream: int) -> Iterator[Segment]:
+        """Where the stream reads, shard by shard."""
 
 
 def count_streams(global_batch: int, world: int, limit: int) -> int:
@@ -55,8 +74,9 @@ class EpochOrder:
             )
         if seed < 0 or epoch < 0:
             raise DataError(f"seed {seed} and epoch {epoch} must not be negative")
-        self.rows = global_batch // streams  # samples that a stream gives to each step
-        self.run_length = self.steps * self.rows
+        self.streams = streams
+        self._rows = global_batch // streams
+        self.run_length = self.steps * self._rows
         self._seed = (seed, epoch)
         self._buffer = max(1, BUFFERED // streams)
         counts = np.array([shard.count for shard in shards.shards], dtype=np.int64)
@@ -72,6 +92,10 @@ class EpochOrder:
         """`count` raw uint64 draws that belong to one purpose of one stream."""
         sequence = np.random.SeedSequence([*self._seed, purpose, stream])
         return np.random.PCG64(sequence).random_raw(count)
+
+    def rows(self, stream: int) -> int:
+        """Samples that a stream gives to each step, the same for all."""
+        return self._rows
 
     def run(self, stream: int) -> np.ndarray:
         """Positions in the order in which the stream emits them: int64 [steps * rows].
@@ -112,6 +136,41 @@ class EpochOrder:
             position += length
 
 
+class PassOrder:
+    """The sample numbers `own` as they stand, in batches; a stream gives a block of neighbouring rows of every batch.
+
+    Positions are those in `own`, for every stream: each walks through all of the shards and reads its samples only.
+    """
+
+    def __init__(self, shards: ShardSet, own: range, *, batch_size: int, streams: int) -> None:
+        self.own = own
+        self.streams = streams
+        self.steps = -(-len(own) // batch_size)
+        self._shards = shards
+        self._cuts = [batch_size * stream // streams for stream in range(streams + 1)]
+
+    def rows(self, stream: int) -> int:
+        """Rows of the stream's block; the incomplete last batch fills the first blocks."""
+        return self._cuts[stream + 1] - self._cuts[stream]
+
+    def run(self, stream: int) -> np.ndarray:
+        """Positions of the stream's samples, ascending: int64, `rows` for each step, fewer for the last."""
+        positions = np.arange(len(self.own), dtype=np.int64)
+        row = positions % self._cuts[-1]
+        return positions[(self._cuts[stream] <= row) & (row < self._cuts[stream + 1])]
+
+    def numbers(self, stream: int, positions: np.ndarray) -> np.ndarray:
+        """Global sample numbers at positions."""
+        return positions + self.own.start
+
+    def segments(self, stream: int) -> Iterator[Segment]:
+        """The shards of `own`, the first and the last of them in part."""
+        for number, shard in enumerate(self._shards.shards):
+            first, last = max(self.own.start, shard.start), min(self.own.stop, shard.start + shard.count)
+            if first < last:
+                yield Segment(number, first - shard.start, last - first, first - self.own.start)
+
+
 def global_order(
     shards: ShardSet, *, global_batch: int, streams: int, seed: int, epoch: int, start_step: int = 0
 ) -> Iterator[np.ndarray]:
@@ -122,6 +181,6 @@ def global_order(
     if streams < 1 or global_batch % streams:
         raise DataError(f"{streams} streams do not divide the global batch of {global_batch}")
     order = EpochOrder(shards, global_batch=global_batch, streams=streams, seed=seed, epoch=epoch)
-    runs = [order.numbers(stream, order.run(stream)).reshape(order.steps, order.rows) for stream in range(streams)]
+    runs = [order.numbers(stream, order.run(stream)).reshape(order.steps, -1) for stream in range(streams)]
     for step in range(start_step, order.steps):
         yield np.concatenate([run[step] for run in runs])

@@ -1,4 +1,4 @@
-"""The samples of a few canonical streams, step by step: read, checked, decoded into rows of a batch.
+"""The samples of a few streams of an order, step by step: read, checked, decoded into rows of a batch.
 
 A process without workers does this for all streams of its rank; each worker process does it for a part of them.
 Bad records leave their row empty and are reported with the batch; nothing is dropped in silence.
@@ -7,7 +7,7 @@ Bad records leave their row empty and are reported with the batch; nothing is dr
 from __future__ import annotations
 
 import collections
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.order import EpochOrder, Segment
+from data.order import Order, Segment
 from data.tar import LabelError, Record, RecordIndex, ShardReader, ShardSet, parse_label
 from data.transforms import ImageError, decode, sample_random
 
@@ -34,21 +34,16 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """What all readers of a stream share."""
+    """What all readers of a data set share."""
 
     shards: ShardSet
-    global_batch: int
-    streams: int
+    order: Callable[[int], Order]  # of an epoch
     seed: int
     transform: Transform | None
     shape: tuple[int, int]  # height and width of every image
     strict: bool
     allow_pipe: bool
-
-    def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(
-            self.shards, global_batch=self.global_batch, streams=self.streams, seed=self.seed, epoch=epoch
-        )
+    keep_indexes: bool  # remember where records begin, for whoever enters a shard again
 
     def url_of(self, number: int) -> str:
         """The shard that holds a global sample number."""
@@ -173,30 +168,29 @@ class _Shared:
 class _Run:
     """One stream in one epoch, from step `start` on: reads ahead only as far as its shuffled order asks."""
 
-    def __init__(self, shared: _Shared, order: EpochOrder, stream: int, start: int) -> None:
+    def __init__(self, shared: _Shared, order: Order, stream: int, start: int) -> None:
         self._shared = shared
         self._spec = shared.spec
-        self._rows = order.rows
-        emitted = order.run(stream)
-        self._needed = np.ones(len(emitted), dtype=np.bool_)
-        self._needed[emitted[: start * order.rows]] = False
-        self._numbers = order.numbers(stream, emitted)
-        self._emitted = emitted.tolist()
-        self._next = start * order.rows
+        self._rows = order.rows(stream)
+        self._next = start * self._rows
+        self._emitted = order.run(stream)
+        self._numbers = order.numbers(stream, self._emitted)
+        self._needed = np.zeros(int(self._emitted.max(initial=-1)) + 1, dtype=np.bool_)
+        self._needed[self._emitted[self._next :]] = True
         self._held: dict[int, _Sample] = {}
         self._shard = -1
         self._reader = self._read(order.segments(stream))
 
     def take(self) -> Iterator[tuple[int, _Sample]]:
         """The samples of the next step with their global numbers."""
-        for place in range(self._next, self._next + self._rows):
-            position = self._emitted[place]
+        step = slice(self._next, self._next + self._rows)
+        for position, number in zip(self._emitted[step].tolist(), self._numbers[step].tolist(), strict=True):
             while position not in self._held:
                 self._shared.status[SHARD] = self._shard
                 at, sample = next(self._reader)
                 self._held[at] = sample
             self._shared.status[SHARD] = -1
-            yield int(self._numbers[place]), self._held.pop(position)
+            yield number, self._held.pop(position)
         self._next += self._rows
 
     def close(self) -> None:
@@ -217,7 +211,7 @@ class _Run:
         """Needed samples of neighbouring records; whoever reads a shard's last record also checks its count."""
         shard = self._spec.shards.shards[segment.shard]
         start = segment.first + int(np.argmax(needed))
-        index = self._shared.indexes[segment.shard]
+        index = self._shared.indexes[segment.shard] if self._spec.keep_indexes else None
         reader = ShardReader(shard.url, allow_pipe=self._spec.allow_pipe, start=start, index=index)
         held_back: tuple[int, _Sample] | None = None
         found = np.zeros(len(needed), dtype=np.bool_)

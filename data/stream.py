@@ -1,8 +1,11 @@
-"""Stream batches from shards in an order that ranks, workers and restarts do not change.
+"""Batches from shards, for training and for evaluation, in an order that ranks, workers and restarts do not change.
 
     with open_stream("shards/train", global_batch=256, workers=8, transform=TrainTransform(224)) as stream:
         for batch in stream:
             batch["image"]  # uint8 [n, 3, 224, 224], channels-last
+
+    with open_pass("shards/val", batch_size=256, workers=8, transform=EvalTransform(224)) as batches:
+        ...  # every sample once, in the order of the shards; the last batch may be smaller
 
 data.order defines the order, data.runs reads and decodes, data.workers does so in parallel. This file puts the parts
 of a batch together and keeps account of every record that could not be used.
@@ -17,13 +20,13 @@ import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Self, TypedDict
 
 import numpy as np
 import torch
 
 from data import DataError
-from data.order import EpochOrder, count_streams, global_order
+from data.order import EpochOrder, Order, PassOrder, count_streams, global_order
 from data.runs import Part, Problem, RowReader, Spec, Transform
 from data.tar import ShardReader, ShardSet, find_shards
 from data.transforms import ImageError, decode
@@ -31,7 +34,7 @@ from data.transforms import ImageError, decode
 if TYPE_CHECKING:  # needs fork, so it is imported only where workers are asked for
     from data.workers import Pool
 
-__all__ = ["Batch", "Stream", "global_order", "open_stream"]
+__all__ = ["Batch", "Pass", "Stream", "global_order", "open_pass", "open_stream"]
 
 EXAMPLES = 5  # bad records kept by name, and logged, for each reason
 PROBED = 100  # records tried to learn the size of images without a transform
@@ -40,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Batch(TypedDict):
-    """This rank's rows of one global batch; bad records are missing, so n may be smaller than global_batch / world."""
+    """This rank's rows of one batch; bad records are missing, so n may be smaller than was asked for."""
 
     image: torch.Tensor  # uint8 [n, 3, H, W], channels-last memory
     label: torch.Tensor  # int64 [n]
@@ -80,57 +83,110 @@ def open_stream(
     Raises DataError (here or while reading) for everything that is wrong with the data or impossible about the numbers.
     """
     shards = data if isinstance(data, ShardSet) else find_shards(data, allow_pipe=allow_pipe)
-    if not 0 <= rank < world:
-        raise DataError(f"rank {rank} is not one of {world} processes")
+    _check_rank(rank, world)
     number = count_streams(global_batch, world, streams)
-    steps = EpochOrder(shards, global_batch=global_batch, streams=number, seed=seed, epoch=epoch).steps
+
+    def order(epoch: int) -> EpochOrder:
+        return EpochOrder(shards, global_batch=global_batch, streams=number, seed=seed, epoch=epoch)
+
+    first = order(epoch)
+    steps = first.steps
     if not 0 <= start_step <= steps:
         raise DataError(f"start step {start_step} is outside the epoch of {steps} steps")
     shape = _probe(shards, allow_pipe) if transform is None else (transform.size, transform.size)
-    spec = Spec(shards, global_batch, number, seed, transform, shape, strict, allow_pipe)
+    spec = Spec(shards, order, seed, transform, shape, strict, allow_pipe, keep_indexes=True)
     epochs_left = itertools.count(epoch) if epochs is None else iter(range(epoch, epoch + epochs))
     plan = ((e, step) for e in epochs_left for step in range(start_step if e == epoch else 0, steps))
-    return Stream(spec, plan, steps, rank, world, _usable_workers(workers, number // world), max_bad_fraction)
+    own = range(rank * number // world, (rank + 1) * number // world)
+    workers = _usable_workers(workers)
+    if workers > len(own):
+        log.warning("%d workers for %d streams of this rank: using %d", workers, len(own), len(own))
+        workers = len(own)
+    accounts = _Accounts(max_bad_fraction * shards.num_samples / world, rank, training=True)
+    return Stream(spec, first, own, plan, accounts, rank=rank, workers=workers)
 
 
-class Stream:
-    """One pass over batches; iterate once, and close it or use it as a context manager."""
+def open_pass(
+    data: str | Sequence[str] | ShardSet,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    transform: Transform | None = None,
+    start: int = 0,
+    strict: bool = True,
+    max_bad_fraction: float = 0.0,
+    allow_pipe: bool = False,
+) -> Pass:
+    """Open one pass over a data set: every sample once, in the order of the shards, from batch `start` of this rank on.
+
+    Of n samples, rank r has those from n * r // world up to n * (r + 1) // world; it may have none.
+
+    Args:
+        data: shards as data.tar.find_shards takes them, or what it returned.
+        batch_size: samples per batch of this rank; its last batch holds the rest.
+        workers: decoding processes of this rank; 0 decodes in this process. Each passes over what the others decode:
+            next to nothing for shards on disk, but over http every worker receives all bytes of the rank.
+        transform: bytes to uint8 [3, size, size]; None decodes only, and needs images of one size.
+        strict: a shard whose number of samples differs from its count is an error; otherwise a counted loss.
+        max_bad_fraction: largest share of this rank's samples that may be unusable. Within it a bad record is missing
+            from its batch (which may leave it empty) and counted in `report`; beyond it an error names the first.
+
+    Raises DataError (here or while reading) for everything that is wrong with the data or impossible about the numbers.
+    """
+    shards = data if isinstance(data, ShardSet) else find_shards(data, allow_pipe=allow_pipe)
+    _check_rank(rank, world)
+    if batch_size < 1:
+        raise DataError(f"a batch of {batch_size} samples; give at least 1")
+    own = range(shards.num_samples * rank // world, shards.num_samples * (rank + 1) // world)
+    batch_size = max(1, min(batch_size, len(own)))
+    workers = min(_usable_workers(workers), batch_size, len(own))
+    order = PassOrder(shards, own, batch_size=batch_size, streams=max(1, workers))
+    if not 0 <= start <= order.steps:
+        raise DataError(f"start batch {start} is outside the {order.steps} batches of rank {rank}")
+    shape = _probe(shards, allow_pipe) if transform is None else (transform.size, transform.size)
+    spec = Spec(shards, lambda epoch: order, 0, transform, shape, strict, allow_pipe, keep_indexes=False)
+    accounts = _Accounts(max_bad_fraction * len(own), rank, training=False)
+    return Pass(spec, order, start, accounts, rank=rank, workers=workers)
+
+
+class _Batches:
+    """Batches of one rank as planned; iterate once, and close it or use it as a context manager."""
 
     def __init__(
         self,
         spec: Spec,
+        order: Order,
+        streams: range,
         plan: Iterator[tuple[int, int]],
-        steps: int,
+        accounts: _Accounts,
+        *,
         rank: int,
-        world: int,
         workers: int,
-        max_bad_fraction: float,
     ) -> None:
+        """Some streams of an order at the (epoch, step) of a plan, divided among at most as many workers."""
         self.shards = spec.shards
         self.num_samples = spec.shards.num_samples
-        self.streams = spec.streams
-        self.steps_per_epoch = steps
-        rows_per_stream = spec.global_batch // spec.streams
-        own = range(rank * spec.streams // world, (rank + 1) * spec.streams // world)
-        self._accounts = _Accounts(max_bad_fraction * spec.shards.num_samples / world, rank)
+        self._accounts = accounts
         self._plan = plan
         self._planned: collections.deque[tuple[int, int]] = collections.deque()
-        self._image_shape = (len(own) * rows_per_stream, *spec.shape, 3)
+        self._image_shape = (sum(map(order.rows, streams)), *spec.shape, 3)
         self._pool: Pool | None = None
         self._reader: RowReader | None = None
         self._over = False
         if workers == 0:
-            self._reader = RowReader(spec, own, np.array([0, -1, -1]))
+            self._reader = RowReader(spec, streams, np.array([0, -1, -1]))
         else:
             from data.workers import Pool
 
-            cuts = [len(own) * worker // workers for worker in range(workers + 1)]
-            blocks = [own[first:last] for first, last in itertools.pairwise(cuts)]
-            self._pool = Pool(spec, blocks, rows_per_stream, rank)
+            cuts = [len(streams) * worker // workers for worker in range(workers + 1)]
+            blocks = [streams[first:last] for first, last in itertools.pairwise(cuts)]
+            self._pool = Pool(spec, blocks, [sum(map(order.rows, block)) for block in blocks], rank)
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> Self:
         if self._over:
-            raise RuntimeError("this stream is exhausted or closed; open another, or give it more epochs")
+            raise RuntimeError("exhausted or closed; open another, or ask for more epochs")
         return self
 
     def __next__(self) -> Batch:
@@ -178,7 +234,7 @@ class Stream:
         if self._reader is not None:
             self._reader.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -187,12 +243,50 @@ class Stream:
         self.close()
 
 
+class Stream(_Batches):
+    """Batches for training; `streams` and `steps_per_epoch` belong in a checkpoint, beside the epoch and the step."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        order: EpochOrder,
+        streams: range,
+        plan: Iterator[tuple[int, int]],
+        accounts: _Accounts,
+        *,
+        rank: int,
+        workers: int,
+    ) -> None:
+        super().__init__(spec, order, streams, plan, accounts, rank=rank, workers=workers)
+        self.streams = order.streams
+        self.steps_per_epoch = order.steps
+
+
+class Pass(_Batches):
+    """Batches for evaluation: every sample once.
+
+    `own` is the range of this rank's global sample numbers, `len` the number of its batches from the start asked for.
+    """
+
+    def __init__(
+        self, spec: Spec, order: PassOrder, start: int, accounts: _Accounts, *, rank: int, workers: int
+    ) -> None:
+        plan = ((0, step) for step in range(start, order.steps))
+        super().__init__(spec, order, range(order.streams), plan, accounts, rank=rank, workers=workers)
+        self.own = order.own
+        self._batches = order.steps - start
+
+    def __len__(self) -> int:
+        return self._batches
+
+
 class _Accounts:
     """Counts what this rank delivered and what it could not, and stops the run when that is too much."""
 
-    def __init__(self, limit: float, rank: int) -> None:
+    def __init__(self, limit: float, rank: int, *, training: bool) -> None:
         self._limit = limit  # bad records allowed in an epoch
         self._rank = rank
+        self._training = training
         self._epoch = -1
         self._bad_in_epoch = 0
         self._samples = 0
@@ -213,13 +307,14 @@ class _Accounts:
         self._samples += int(part.present.sum())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
         first = next(iter(self._examples.values()), [""])[0]
-        if not part.present.any():
+        if self._training and not part.present.any():
             raise DataError(
                 f"rank {self._rank}: all samples of step {step}, epoch {epoch} are bad ({reasons}); first: {first}"
             )
         if self._bad_in_epoch > self._limit:
+            span = f" in epoch {epoch}" if self._training else ""
             raise DataError(
-                f"rank {self._rank}: {self._bad_in_epoch} bad records in epoch {epoch} exceed max_bad_fraction"
+                f"rank {self._rank}: {self._bad_in_epoch} bad records{span} exceed max_bad_fraction"
                 f" ({self._limit:.1f} records); so far {reasons}; first: {first}"
             )
 
@@ -264,16 +359,19 @@ def _batch(part: Part, images: np.ndarray) -> Batch:
     )
 
 
-def _usable_workers(workers: int, streams: int) -> int:
-    """Clamp the number of workers to the streams of a rank, and to none where processes cannot be forked."""
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise DataError(f"rank {rank} is not one of {world} processes")
+
+
+def _usable_workers(workers: int) -> int:
+    """The number of workers, or none where processes cannot be forked. Raises DataError if it is negative."""
     if workers < 0:
         raise DataError(f"{workers} workers; give 0 to decode in this process, or more")
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         log.warning("this system cannot fork processes: decoding in the main process instead of %d workers", workers)
         return 0
-    if workers > streams:
-        log.warning("%d workers for %d streams of this rank: using %d", workers, streams, streams)
-    return min(workers, streams)
+    return workers
 
 
 def _probe(shards: ShardSet, allow_pipe: bool) -> tuple[int, int]:

@@ -47,11 +47,14 @@ log = logging.getLogger(__name__)
 class Pool:
     """Workers for one rank. `submit` hands out steps in order, `collect` gives their parts in the same order."""
 
-    def __init__(self, spec: Spec, blocks: Sequence[Sequence[int]], rows_per_stream: int, rank: int) -> None:
-        """Fork a worker for each block of stream numbers. Raises DataError if the memory for batches is refused."""
+    def __init__(self, spec: Spec, blocks: Sequence[Sequence[int]], rows: Sequence[int], rank: int) -> None:
+        """Fork a worker for each block of stream numbers; `rows` says how many rows of a batch each of them fills.
+
+        Raises DataError if the memory for batches is refused.
+        """
         self._spec = spec
         self._rank = rank
-        bounds = np.cumsum([0] + [len(block) * rows_per_stream for block in blocks])
+        bounds = np.cumsum([0, *rows])
         shape = (SLOTS, int(bounds[-1]), *spec.shape, 3)
         try:
             memory = mmap.mmap(-1, int(np.prod(shape)))
@@ -74,9 +77,9 @@ class Pool:
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)
         try:
             for worker, block in enumerate(blocks):
-                rows = self._ring[:, bounds[worker] : bounds[worker + 1]]
+                own = self._ring[:, bounds[worker] : bounds[worker + 1]]
                 inherited = [end for pipe in pipes for end in pipe if end is not pipes[worker][1]]
-                arguments = (spec, block, rows, self._status[worker], pipes[worker][1], inherited, os.getpid())
+                arguments = (spec, block, own, self._status[worker], pipes[worker][1], inherited, os.getpid())
                 process = context.Process(target=_work, args=arguments, daemon=True, name=f"shiftlens data {worker}")
                 process.start()
                 self._processes.append(process)
