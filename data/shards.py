@@ -263,7 +263,11 @@ def _parser() -> Parser:
     layouts = "; ".join(f"{name}: {layout.explanation}" for name, layout in LAYOUTS.items())
     command.add_argument("--layout", choices=list(LAYOUTS), default="auto", help=layouts)
     command.add_argument("--split", type=str, help="folder inside the source, or train|test of MNIST and CIFAR")
-    command.add_argument("--classes", type=str, help="class list in label order: `imagenet`, or a JSON or text file")
+    command.add_argument(
+        "--classes",
+        type=str,
+        help="class list in label order: a set such as `imagenet` or `objectnet`, or a JSON or text file",
+    )
     command.add_argument("--val_labels", type=str, help="LOC_val_solution.csv, for ImageNet's flat val folder")
     command.add_argument("--resize", type=PositiveInt, help="reduce the short side to this many pixels (as JPEG)")
     command.add_argument("--quality", type=Quality, default=90, help="JPEG quality after --resize, 1-95")

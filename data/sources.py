@@ -24,6 +24,7 @@ from pathlib import Path
 
 from data import DataError
 from data.containers import Archive, Arrays, Folder, cifar_arrays, mnist_arrays, open_files
+from data.shifts import SETS
 from data.tar import IMAGE_EXTENSIONS
 
 WNID = re.compile(r"n[0-9]{8}")
@@ -49,7 +50,7 @@ LAYOUTS = {
     "imagenet_r": Layout("200 wnid folders", 200, (30000,)),
     "imagenet_a": Layout("200 wnid folders", 200, (7500,)),
     "imagenet_sketch": Layout("1000 wnid folders", 1000, (50889,)),
-    "objectnet": Layout("named folders; those that --classes does not name are left out"),
+    "objectnet": Layout("named folders; those that --classes does not name (default: 113 classes) are left out"),
     "mnist": Layout("idx files, packed or not", 10, (60000, 10000)),
     "cifar10": Layout("binary version", 10, (50000, 10000)),
     "cifar100": Layout("binary version, fine labels", 100, (50000, 10000)),
@@ -88,15 +89,16 @@ def load_source(
 ) -> Source:
     """List a data set given as a folder or a .tar[.gz|.xz|.bz2] archive; compressed archives are unpacked to `scratch`.
 
-    split: the folder of that name inside the source, or train | test of MNIST and CIFAR. classes: "imagenet" (its 1000
-    wnids) or a file with a class list (see `read_classes`). val_labels: ImageNet's LOC_val_solution.csv.
+    split: the folder of that name inside the source, or train | test of MNIST and CIFAR. classes: the name of a set or
+    a file with a class list (see `read_classes`); by default ObjectNet's 113 for its layout, and the classes that are
+    there for others. val_labels: ImageNet's LOC_val_solution.csv.
     Raises DataError when the source is not what `layout` says, or labels cannot be decided without guessing.
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+    if layout == "objectnet" and not classes:
+        classes = "objectnet"
     listed = read_classes(classes) if classes else None
-    if layout == "objectnet" and listed is None:
-        raise DataError("layout objectnet needs --classes FILE: its folders have no official label order")
     content = open_files(source, scratch)
     arrays = _find_arrays(content, layout, split)
     if arrays is not None:
@@ -108,15 +110,13 @@ def load_source(
 
 
 def read_classes(classes: str) -> tuple[str, ...]:
-    """Read class names in label order: "imagenet" (wnids) or a file.
+    """Read class names in label order: of a set of `data.shifts.SETS` by its name ("imagenet", "objectnet"), or a file.
 
     The file holds a JSON list, one name a line, or a JSON object, whose keys count in sorted order (the way ObjectNet's
     map from folders to classes is used). Raises DataError for a file that is none of these, empty, or repeats a name.
     """
-    if classes == "imagenet":
-        from timm.data.imagenet_info import ImageNetInfo
-
-        return tuple(ImageNetInfo().label_names())
+    if classes in SETS:
+        return SETS[classes].classes
     try:
         text = Path(classes).read_text(encoding="utf-8")
         content = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.split("\n")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data import DataError
+from data.shifts import SETS
 from data.sources import LAYOUTS, Source, load_source, read_classes
 
 GREY = io.BytesIO()
@@ -224,8 +225,9 @@ def test_objectnet_keeps_the_listed_folders_and_counts_the_rest(tmp_path: Path) 
     assert list(load(source, tmp_path, layout="objectnet", classes=str(mapping)).labels) == [1, 1, 0]
     with pytest.raises(DataError, match="2 classes are not in the class list: axe, zip_tie"):
         load(source, tmp_path, classes=str(mapping))
-    with pytest.raises(DataError, match="needs --classes"):
-        load(source, tmp_path, layout="objectnet")
+    found = load(source, tmp_path, layout="objectnet")
+    assert found.classes == SETS["objectnet"].classes
+    assert found.dropped == {"in 2 folders that the class list does not name": 3}
 
 
 def test_objectnet_map_of_the_evaluation_protocol(tmp_path: Path, shared_data: Path) -> None:
