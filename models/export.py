@@ -11,7 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,20 @@ from models.encoders import STUDENT_FILE, Encoder
 from models.weights import misfit, read_weights, state_sha256, write_safetensors, write_text
 
 
-def export_student(encoder: Encoder, folder: Path, *, card: Mapping[str, object], source: Encoder | None) -> list[str]:
+def export_student(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    card: Mapping[str, object],
+    source: Encoder | None,
+    origin: Literal["distilled", "fine-tuned"] = "distilled",
+) -> list[str]:
     """Write `encoder` to `folder`: student.safetensors, README.md and, where possible, open_clip's two files.
 
     card: what README.md lists, in this order, for example teacher, data, losses, steps, hashes, commit. source: the
-    teacher. `load_encoder("local-dir:FOLDER")` reads the folder in either case. Each file is replaced as a whole; a
+    teacher, or what a fine-tuned encoder started from. origin: what README.md says of it.
+
+    `load_encoder("local-dir:FOLDER")` reads the folder in either case. Each file is replaced as a whole; a
     configuration left by an earlier export is removed first, so the folder never joins old and new weights. Returns the
     reasons why open_clip's files were not written, empty where they were. Raises ModelError where nothing can be
     written.
@@ -40,7 +49,7 @@ def export_student(encoder: Encoder, folder: Path, *, card: Mapping[str, object]
     state = encoder.tower.state_dict()
     write_safetensors(folder / STUDENT_FILE, state, _header(encoder))
     reasons = _write_open_clip(encoder, state, folder, source)
-    write_text(folder / "README.md", _model_card(encoder, state, card, reasons))
+    write_text(folder / "README.md", _model_card(encoder, state, card, reasons, origin))
     return reasons
 
 
@@ -126,7 +135,21 @@ def _skeleton(config: Mapping[str, Any]) -> nn.Module:
         return (open_clip.CustomTextCLIP if config.get("custom_text", False) else open_clip.CLIP)(**arguments)
 
 
-def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str, object], reasons: list[str]) -> str:
+def _model_card(
+    encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str, object], reasons: list[str], origin: str
+) -> str:
+    source, story, learned = {
+        "distilled": (
+            "teacher",
+            "An image encoder trained from the outputs of another one, its teacher.",
+            "learned from the teacher's outputs on",
+        ),
+        "fine-tuned": (
+            "original",
+            "An image encoder trained further, together with a linear head, from another one, its original.",
+            "the original's, trained further on",
+        ),
+    }[origin]
     rows = {
         **card,
         "architecture": _public_name(encoder),
@@ -139,14 +162,14 @@ def _model_card(encoder: Encoder, state: Mapping[str, Tensor], card: Mapping[str
     zero_shot = (
         "No open_clip folder was written: " + "; ".join(reasons) + "."
         if reasons
-        else "It is also a whole CLIP, with the teacher's text tower and temperature:\n\n"
+        else f"It is also a whole CLIP, with the {source}'s text tower and temperature:\n\n"
         '    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
         "    model.eval()\n\n"
-        "Its text tower takes the tokens that the teacher's took."
+        f"Its text tower takes the tokens that the {source}'s took."
     )
-    return f"""# {_public_name(encoder)}, distilled
+    return f"""# {_public_name(encoder)}, {origin}
 
-An image encoder trained from the outputs of another one, its teacher.
+{story}
 
 | | |
 |---|---|
@@ -163,7 +186,7 @@ In a checkout of shiftlens:
 
 ## Licence
 
-These weights were learned from the teacher's outputs on the data named above. Read the licences of both before you
+These weights were {learned} the data named above. Read the licences of both before you
 publish or sell anything made with them; this project's own licence covers its code only.
 """
 

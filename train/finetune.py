@@ -1,0 +1,486 @@
+"""What does fine-tuning on one distribution do to the robustness that an encoder brings along? This script fine-tunes.
+
+Encoder and linear head are trained together, from images and labels, by cross-entropy. They start from a head that fits
+the encoder: a zero-shot one (train/zero_shot.py) or a probe's (train/probe.py, which trains heads on frozen features).
+
+    accelerate launch train/finetune.py                                    built-in demo, after train/zero_shot.py: 30 s
+    accelerate launch train/finetune.py --config train/recipes/finetune_clip.yaml \\
+        --data '/data/imagenet/train/{000000..001281}.tar' --head heads/zero_shot.safetensors    one GPU
+    accelerate launch --config_file train/launch/gpu_2x8_bf16.yaml --machine_rank N --main_process_ip HOST \\
+        train/finetune.py --config train/recipes/finetune_clip.yaml --data URL --head HEAD       two nodes, once on each
+
+Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
+checkpoints/, results.jsonl, export/ (the encoder, as train/distill.py exports a student) and head.safetensors, a pair
+for eval/shifts.py. The run continues by itself when the same command is started again; Ctrl-C and SIGTERM save first
+(exit code 130, 143).
+
+Cost per image: one forward and backward (RN50: 37 GFLOP; ViT-B/16: 105 GFLOP).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data import DataError
+from data.rows import append_row, commit, versions
+from models import ModelError
+from train.common import (
+    ConfigError,
+    Progress,
+    RunFolder,
+    StopRequested,
+    checkpoint_to_continue,
+    cosine_lr,
+    draw_loss,
+    memory_mib,
+    option,
+    run_script,
+    step_seed,
+)
+from train.launching import Agreement, StopSignals, start_accelerator
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from models.checkpoints import Checkpoint
+    from models.encoders import Encoder
+    from models.heads import Head
+
+# A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
+MAX_NONFINITE_STEPS = 25
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; the defaults are those of WiSE-FT (Wortsman et al., CVPR 2022) where it has them."""
+
+    data: str = option("", "shards: folder, glob, brace list, `::` join, http(s) or fsspec URL; demo = built-in digits")
+    encoder: str = option(
+        "", "encoder with weights: open_clip:RN50/openai, local-dir:PATH, ...; demo = the demo teacher"
+    )
+    head: str = option("", "head to start from, made for this encoder: FILE of train/zero_shot.py or train/probe.py")
+    norm_stats: Literal["own", "frozen"] = option(
+        "own", "batch-norm statistics: of each batch, or the encoder's running ones, frozen"
+    )
+    label_smoothing: float = option(0.0, "share of the label spread over all classes, 0..1")
+    flip: float = option(0.0, "probability of mirroring an image, 0..1; the random crop is the published one")
+    batch_size: int = option(512, "images per optimiser step over all processes")
+    accumulate: int = option(1, "pieces that each process cuts its part of a batch into, one after the other")
+    epochs: int = option(10, "passes over the data")
+    steps: int = option(0, "optimiser steps; 0 = as many as --epochs needs")
+    lr: float = option(3e-5, "peak learning rate of AdamW")
+    weight_decay: float = option(0.1, "decoupled weight decay, on all parameters as published")
+    warmup_steps: int = option(500, "steps of linear warm-up, before a cosine to 0")
+    clip: float = option(1.0, "largest gradient norm")
+    seed: int = option(0, "seed of sample order, augmentation and dropout")
+    workers: int = option(2, "decoding processes per training process; 0 = decode in the training process")
+    decoder: Literal["torchvision", "pil"] = option("torchvision", "image decoder; pil = bit-exact reference, slower")
+    strict: bool = option(True, "a shard with another number of samples than its count is an error; false = counted")
+    max_bad_fraction: float = option(0.01, "largest tolerated share of unusable samples, 0..1")
+    allow_pipe: bool = option(False, "allow `pipe:COMMAND` as a shard, which runs COMMAND in a shell")
+    compile: bool = option(False, "torch.compile of encoder and head")
+    log_every: int = option(10, "steps between rows of metrics.jsonl")
+    save_every: int = option(1000, "steps between checkpoints; one more is always saved at the end")
+    keep: int = option(2, "newest checkpoints kept")
+    out: str = option("runs/finetune", "run folder")
+    resume: str = option("auto", "auto = continue from the newest valid checkpoint; none = start; PATH = that one")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps", "warmup_steps", "workers", "seed", "epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("lr", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"--{name} must be a finite number of at least 0, not {getattr(self, name)}")
+        for name in ("label_smoothing", "flip", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name} must lie in [0, 1], not {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ConfigError(f"--clip must be above 0, not {self.clip}")
+        if self.steps == 0 and self.epochs == 0:
+            raise ConfigError("give --epochs or --steps")
+        if not self.data:
+            raise ConfigError("--data is missing: shards, or `demo` for the built-in digits")
+        if not (self.encoder and self.head):
+            raise ConfigError("--encoder or --head is missing; train/zero_shot.py and train/probe.py make heads")
+
+
+# A checkpoint made with other values of these cannot be continued; other settings may change between two starts.
+FIXED = ["encoder", "head", "norm_stats", "label_smoothing", "batch_size", "seed"]
+
+
+def make_classifier(encoder: Encoder, head: Head, label_smoothing: float = 0.0) -> nn.Module:
+    """`encoder` with a copy of `head` on it, to be trained together; one module with one output, for DDP.
+
+    Its forward takes images [N, 3, S, S] in [0, 1] and labels int64 [N], and gives scalars: `loss`, the mean
+    cross-entropy in nats, carries the gradient; `accuracy`, the share of right answers, does not. Its parameters are
+    those of `encoder` (which is not copied), `weight` [C, D] and `bias` [C].
+    """
+    # The class is defined in here because torch is imported only once the launch is known to be right.
+    import torch
+    import torch.nn.functional as F
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+            self.weight = torch.nn.Parameter(head.weight.clone())
+            self.bias = torch.nn.Parameter(head.bias.clone())
+
+        def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            features = self.encoder(images).float()
+            # Float32 whatever the encoder has: a zero-shot head multiplies cosines, and roundings, by up to 100.
+            with torch.autocast(features.device.type, enabled=False):
+                if head.normalize:
+                    features = features / torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-30)
+                logits = F.linear(features, self.weight, self.bias)
+                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()}
+
+    return Classifier()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the fine-tuning and returns its final metrics.
+
+    Raises:
+        ConfigError, DataError, ModelError: anything a user can cause, in one line. StopRequested: after a stop signal.
+    """
+    with StopSignals() as signals, contextlib.ExitStack() as resources:
+        return finetune(config, signals, resources)
+
+
+def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
+    # --- Launch -------------------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    accelerator = start_accelerator(None, out)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    agreement = Agreement(rank, world)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    log = logging.getLogger("shiftlens")
+    if config.batch_size % (world * config.accumulate):
+        raise ConfigError(
+            f"--batch_size {config.batch_size} is not divisible by {world} processes x --accumulate {config.accumulate}"
+        )
+
+    import torch
+    from accelerate.utils import gather_object
+
+    from data import demo
+    from data.stream import open_stream
+    from data.tar import find_shards
+    from data.transforms import TrainTransform, unit_interval
+    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint, set_aside_after
+    from models.distiller import BatchStatistics
+    from models.encoders import load_encoder
+    from models.export import export_student
+    from models.heads import load_head, save_head
+    from models.initialise import freeze_norm_stats
+    from models.weights import load_into, state_sha256
+
+    # --- Run folder and checkpoint ------------------------------------------------------------------------------------
+    # Only rank 0 touches the folder: the others need not see its disk, and all continue from the same step.
+    folder: RunFolder | None = None
+    checkpoint: Checkpoint | None = None
+    with agreement.together():
+        if rank == 0:
+            folder = RunFolder(out, fresh=config.resume == "none")
+            resources.callback(folder.close)
+            checkpoint = checkpoint_to_continue(config, out, FIXED)
+    first, state = agreement.share((checkpoint.step, checkpoint.state) if checkpoint else (0, None))
+    origin = checkpoint.path if checkpoint else None
+
+    # --- Data, encoder and head ---------------------------------------------------------------------------------------
+    with agreement.together():  # one process of each machine builds the demo, the others then find it
+        if config.data == "demo" and accelerator.is_local_main_process:
+            demo.demo_shards("train")
+    torch.manual_seed(config.seed)
+    with agreement.together():
+        data = demo.demo_shards("train") if config.data == "demo" else config.data
+        shards = find_shards(data, allow_pipe=config.allow_pipe)
+        encoder = load_encoder(demo.DEMO_TEACHER if config.encoder == "demo" else config.encoder)
+        if not Path(config.head).is_file():
+            raise ModelError(f"--head {config.head}: no such file; train/zero_shot.py or train/probe.py makes one")
+        head = load_head(config.head, shards.classes, encoder.feature_dim)
+        start = {
+            "encoder_sha256": state_sha256(encoder.state_dict()),
+            "head_sha256": state_sha256({"weight": head.weight, "bias": head.bias}),
+            "normalize": head.normalize,
+        }
+        if head.metadata.get("encoder_sha256", start["encoder_sha256"]) != start["encoder_sha256"]:
+            made_for = head.metadata.get("encoder")
+            raise ModelError(f"{config.head} was made for {made_for}, whose weights are not those of {config.encoder}")
+        if state and state["start"] != start:
+            raise ConfigError(f"{config.encoder}, {config.head}: not the weights that the checkpoint began with")
+        classifier = make_classifier(encoder, head, config.label_smoothing).train()
+        if config.norm_stats == "frozen":
+            try:
+                freeze_norm_stats(encoder, encoder)  # its own statistics, for good
+            except ModelError as error:
+                raise ConfigError(f"--norm_stats frozen: {error}; use own") from None
+        if checkpoint is not None:
+            load_into(classifier, checkpoint.tensors["model"], checkpoint.path)
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
+    names, parameters = list(trained), list(trained.values())
+    size = sum(map(torch.numel, parameters)) / 1e6
+    log.info("encoder  %s: %d features, %d px", encoder.name, encoder.feature_dim, encoder.image_size)
+    log.info("head     %s: %d classes; %.2f M parameters with the encoder's", config.head, len(head.classes), size)
+    if shards.classes is None:
+        log.info("         the shards do not name their classes: label 0 is taken for %r", head.classes[0])
+
+    # --- Optimiser ----------------------------------------------------------------------------------------------------
+    # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if state is not None:
+        with agreement.together():
+            # Other ranks only need the right shapes: rank 0's values are sent to them.
+            template = {f"{name}/{key}": p.cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+            template |= {f"{name}/step": torch.tensor(0.0) for name in names}
+            load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"] if checkpoint else template)
+        agreement.broadcast([*classifier.state_dict().values(), *optimizer_tensors(optimizer, names).values()])
+    checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
+    statistics = BatchStatistics(encoder)
+    if config.compile:
+        classifier.compile()
+    # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
+    model, prepared_optimizer = accelerator.prepare(classifier, optimizer)
+    if accelerator.scaler is not None and state and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    # --- Batches ------------------------------------------------------------------------------------------------------
+    cursor = state["data"] if state else {}
+    epoch, start_step = divmod(first, cursor["steps_per_epoch"]) if cursor else (0, 0)
+    with agreement.together():
+        stream = resources.enter_context(
+            open_stream(
+                shards,
+                global_batch=config.batch_size,
+                rank=rank,
+                world=world,
+                workers=config.workers,
+                streams=cursor.get("streams", max(64, world)),
+                seed=config.seed,
+                epoch=epoch,
+                start_step=start_step,
+                epochs=None,
+                transform=TrainTransform(encoder.image_size, flip=config.flip, decoder=config.decoder),
+                strict=config.strict,
+                max_bad_fraction=config.max_bad_fraction,
+                allow_pipe=config.allow_pipe,
+            )
+        )
+        steps_per_epoch = stream.steps_per_epoch
+        here = {"fingerprint": shards.fingerprint, "streams": stream.streams, "steps_per_epoch": steps_per_epoch}
+        if cursor and cursor["fingerprint"] != here["fingerprint"]:
+            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards, counts or content)")
+        if cursor and cursor != here:
+            raise ConfigError(
+                f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
+            )
+    total = config.steps or config.epochs * steps_per_epoch
+    if first > total:
+        raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
+    split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
+    counts = shards.num_samples, len(shards.shards), steps_per_epoch
+    log.info("data     %d images in %d shards, %d steps an epoch", *counts)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
+    log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
+    if first == total:
+        log.info("         all steps are done already; for another run choose another --out")
+    if config.warmup_steps >= total:
+        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", config.warmup_steps)
+
+    if folder is not None and first < total:
+        folder.write_config(config)
+        folder.write_environment(accelerator)
+        for path in set_aside_after(out / "checkpoints", first, origin):
+            log.warning("checkpoint set aside: %s", path)
+        folder.forget_after(first)
+
+    # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
+    # What the run's earlier starts counted; each start adds its own.
+    skipped_before = state["skipped_steps"] if state else 0
+    reports_before = state["data_reports"] if state else []
+
+    def save(step: int) -> None:
+        reports = reports_before + gather_object([stream.report()])
+        with agreement.together():
+            if rank == 0:
+                content = {
+                    "config": dataclasses.asdict(config),
+                    "data": here,
+                    "data_reports": reports,
+                    "skipped_steps": skipped_before + int(nonfinite),
+                    "start": start,
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                    "versions": versions(),
+                    "world": world,
+                }
+                tensors = {"model": classifier.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
+                save_checkpoint(out / "checkpoints", step, tensors, content, keep=config.keep)
+
+    local_rows = config.batch_size // world
+    nonfinite_in_a_row = torch.zeros((), device=device)
+    nonfinite = torch.zeros((), device=device)
+    reported_nonfinite = 0
+    final: dict[str, Any] = {}
+    progress = Progress(first, total, config.batch_size, shown=rank == 0)
+    resources.enter_context(contextlib.closing(progress))
+    batches = iter(stream)
+    for step in range(first, total + 1):
+        last = step == total
+        if step > first and (last or step % config.save_every == 0):
+            save(step)
+        if last:
+            break
+
+        # Fetch, then agree: nobody enters a step that another rank cannot take.
+        failure: DataError | None = None
+        with progress.waiting():
+            try:
+                batch = next(batches)
+                label = int(batch["label"].max())  # still on the CPU
+                if label >= len(head.classes):  # shards without class names may state no bound
+                    raise DataError(
+                        f"--data {config.data}: label {label}, {config.head} has {len(head.classes)} classes"
+                    )
+            except DataError as error:
+                failure = error
+        if stop := agreement.settle(failure, signals.received):
+            if step == first:
+                raise StopRequested(stop, f"stopped by signal {stop} at step {step}, before anything new was done")
+            if step % config.save_every:
+                save(step)
+            raise StopRequested(stop, f"stopped by signal {stop}: saved at step {step} of {total} in {out}")
+
+        # One optimiser step.
+        lr = cosine_lr(step, config.lr, config.warmup_steps, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
+        images, labels = unit_interval(batch["image"].to(device)), batch["label"].to(device)
+        terms: dict[str, Tensor] = {}
+        statistics.snapshot()
+        count = min(config.accumulate, len(images))  # unusable samples may leave fewer rows
+        pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+        for number, (piece, answers) in enumerate(pieces, start=1):
+            synced = contextlib.nullcontext() if number == count else accelerator.no_sync(model)
+            with synced:
+                values = model(piece, answers)
+                # Each row weighs 1/batch_size even where unusable samples left a batch short.
+                share = len(piece) / local_rows
+                accelerator.backward(values["loss"] * share)
+            for key, value in values.items():
+                terms[key] = terms.get(key, 0) + value.detach() * share
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
+        assert norm is not None
+        bad = (~torch.isfinite(norm)).float()
+        if accelerator.scaler is None:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused optimiser skips the step on the device
+        prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+        statistics.restore_where(bad)
+        nonfinite += bad
+        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * bad
+        progress.step_done(step)
+
+        # Log. Nothing above waits for the device except the copy of the batch to it.
+        due = step % config.log_every == 0 or step + 1 == total
+        if due:
+            packed = torch.stack([*(v.float() for v in terms.values()), norm.float()])
+            *numbers, gradient_norm = accelerator.reduce(packed, "mean").tolist()
+            final = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                **dict(zip(terms, numbers, strict=True)),
+                "lr": lr,
+                "gradient_norm": gradient_norm,
+                "skipped_steps": skipped_before + int(nonfinite),
+                **progress.rates(),
+                "memory_mib": memory_mib(device),
+            }
+            if folder is not None:
+                folder.log(final)
+            progress.show(step, final)
+            if final["skipped_steps"] > reported_nonfinite:
+                reported_nonfinite = final["skipped_steps"]
+                log.warning("%d steps skipped so far: gradient not finite", reported_nonfinite)
+        # The gradient is the same on all ranks, so all come to the same conclusion.
+        if (due or (step + 1) % MAX_NONFINITE_STEPS == 0) and nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            raise ModelError(
+                f"gradient not finite in {int(nonfinite_in_a_row)} steps in a row up to step {step}; "
+                f"the checkpoints in {out}/checkpoints are kept"
+            )
+
+    # --- End ----------------------------------------------------------------------------------------------------------
+    # One report per start and rank: samples delivered, unusable ones by reason.
+    data_reports = reports_before + gather_object([stream.report()])
+    if rank == 0 and folder is not None:
+        rows = folder.metrics()
+        if rows:
+            final = final or rows[-1]  # nothing was left to do: the last start ended between its last save and here
+            draw_loss(rows, out)
+        classifier.cpu()
+        weight, bias = classifier.get_parameter("weight"), classifier.get_parameter("bias")
+        encoder_hash = state_sha256(encoder.state_dict())
+        facts: dict[str, Any] = {
+            "source": "fine-tuned end to end on labels, encoder and head together",
+            "start": {"encoder": encoder.name, "head": config.head, **start},
+            "data": config.data,
+            "data_fingerprint": here["fingerprint"],
+            "steps": total,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+        }
+        # The text tower, if there is one, stays that of the start.
+        for reason in export_student(encoder, out / "export", card=facts, source=encoder, origin="fine-tuned"):
+            log.info("export   no open_clip folder: %s", reason)
+        facts = {"encoder": f"local-dir:{out / 'export'}", "encoder_sha256": encoder_hash, **facts}
+        file = out / "head.safetensors"
+        save_head(file, weight, bias, head.classes, normalize=head.normalize, metadata=facts)
+        log.info("written  %s: encoder in export/, head.safetensors, curve in loss.png", out)
+        if final and not any(row.get("weights_sha256") == encoder_hash for row in folder.results()):
+            append_row(
+                out / "results.jsonl",
+                metric="finetune_loss",
+                value=final["loss"],
+                n=config.batch_size,
+                accuracy=final["accuracy"],
+                weights_sha256=encoder_hash,
+                head_sha256=state_sha256({"weight": weight, "bias": bias}),
+                data_reports=data_reports,
+                skipped_steps=final["skipped_steps"],
+                **{name: facts[name] for name in ("start", "data", "data_fingerprint", "seed")},
+                config=dataclasses.asdict(config),
+                device=str(device),
+            )
+    accelerator.end_training()
+    return {**final, "total_steps": total, "data_reports": data_reports}
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__.splitlines()[0], "finetune_demo.yaml")
