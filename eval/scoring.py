@@ -86,7 +86,8 @@ def load_models(pairs: Sequence[Pair], suite: Suite, device: torch.device) -> li
         if trained_on != encoder_hash:
             raise ModelError(
                 f"{pair.head} was trained on features of {head.metadata.get('encoder')} with the weights "
-                f"{trained_on[:12]}..., those of {pair.encoder} are {encoder_hash[:12]}...; give that encoder"
+                f"{trained_on[:12]}..., those of {pair.encoder} are {encoder_hash[:12]}...; give that encoder, "
+                "or a head of this one (train/probe.py)"
             )
         head_hash = state_sha256({"weight": head.weight, "bias": head.bias})
         head = dataclasses.replace(head, weight=head.weight.to(device), bias=head.bias.to(device))

@@ -134,6 +134,8 @@ def read_pairs(config: Config) -> list[Pair]:
 
     if not config.models:
         encoder = config.encoder or "demo"  # only the demo suite may do without
+        if not config.head and not Path(DEMO_HEAD).is_file():
+            raise ConfigError(f"no {DEMO_HEAD} here yet: run train/probe.py, without --data, or give --head")
         return [Pair(config.name or encoder, encoder, config.head or DEMO_HEAD)]
     import yaml
 

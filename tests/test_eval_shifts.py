@@ -600,7 +600,9 @@ def demo_head(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def test_demo_from_end_to_end(demo_head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_from_end_to_end(
+    demo_head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bare command but for the head; the demo teacher is good everywhere, ObjectNet's turned digits being hardest."""
     arguments = ["--head", demo_head, "--out", str(tmp_path / "run"), "--name", "teacher"]
     config = parse_config(Config, arguments, "", "shifts_demo.yaml")
@@ -622,8 +624,13 @@ def test_demo_from_end_to_end(demo_head: str, tmp_path: Path, capsys: pytest.Cap
     assert read_pairs(several) == [Pair("a", "demo", "b.safetensors")]
     bare = parse_config(Config, [], "", "shifts_demo.yaml")
     probe = yaml.safe_load((RECIPES / "probe_demo.yaml").read_text())["out"]
-    assert read_pairs(bare) == [Pair("demo", "demo", f"{probe}/head.safetensors")]
     assert "robustness" not in shown
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="run train/probe.py"):
+        read_pairs(bare)
+    Path(probe).mkdir(parents=True)
+    Path(probe, "head.safetensors").touch()
+    assert read_pairs(bare) == [Pair("demo", "demo", f"{probe}/head.safetensors")]
 
 
 def test_a_table_of_other_models_gives_the_demo_a_line(demo_head: str, tmp_path: Path) -> None:

@@ -310,7 +310,8 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     fits = fit(points, rows, "grid")
     table = sorted(gather_object([each.summary for each in fits]), key=lambda row: row["head"])
     best = probing.best_of(table)
-    log.info("best     %s: %.2f %% of %d rows", points[best], 100 * table[best]["accuracy"], table[best]["n"])
+    kind = "held-out rows" if held_out else "training rows: nothing was held out"
+    log.info("best     %s: %.2f %% of %d %s", points[best], 100 * table[best]["accuracy"], table[best]["n"], kind)
     if config.refit:
         rows = rows.all_trained()
         kept = fit([points[best]], rows, "refit")
@@ -336,7 +337,7 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     if folder is not None:
         probing.write_grid(points, table, best, out / "grid.csv")
         curves = [row for row in folder.metrics() if row["stage"] == "grid"]
-        probing.draw_grid(points, table, curves, best, out)
+        probing.draw_grid(points, table, curves, best, f"{table[best]['n']} {kind.partition(':')[0]}", out)
         stamped = {**facts, "commit": commit(), "date": datetime.date.today().isoformat()}
         head = out / "head.safetensors"
         save_head(head, weight, bias, rows.classes, normalize=points[best].normalize, metadata=stamped)

@@ -211,7 +211,11 @@ def fit_by_adamw(
     total = schedule.epochs * steps_per_epoch
     log.info("heads    %d, %d steps of %d rows", len(points), total, min(schedule.batch_size, len(rows.train)))
     if schedule.warmup_steps >= total:
-        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", schedule.warmup_steps)
+        log.warning(
+            "warm-up  %d steps of %d: no head reaches its learning rate; lower --warmup_steps or raise --epochs",
+            schedule.warmup_steps,
+            total,
+        )
     fits: list[Fit] = []
     losses = [torch.full((len(block),), math.nan, device=arithmetic.device) for block in numbers]
     progress = Progress(0, total, schedule.batch_size, shown=agreement.rank == 0)
@@ -338,7 +342,12 @@ def write_grid(points: Sequence[Point], table: Sequence[dict[str, Any]], best: i
 
 
 def draw_grid(
-    points: Sequence[Point], table: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], best: int, out: Path
+    points: Sequence[Point],
+    table: Sequence[dict[str, Any]],
+    curves: Sequence[dict[str, Any]],
+    best: int,
+    scored_on: str,
+    out: Path,
 ) -> None:
     """grid.png and grid.svg: accuracy over learning rate or penalty, and over epochs where there are several."""
     import matplotlib
@@ -356,15 +365,17 @@ def draw_grid(
     for row in table:
         point = points[row["head"]]
         others = dataclasses.replace(point, **{axis: None})
-        lines.setdefault(str(others) or "all", []).append((getattr(point, axis), 100 * row["accuracy"]))
+        lines.setdefault(str(others) or "features as they are", []).append(
+            (getattr(point, axis), 100 * row["accuracy"])
+        )
     for name, line in lines.items():
-        left.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        # Curves often lie on each other: the dashes of later ones let the earlier show.
+        dashes = ("-", "--", ":", "-.")[list(lines).index(name) % 4]
+        left.plot(*zip(*sorted(line), strict=True), dashes, marker="o", markersize=3, linewidth=1.4, label=name)
     left.plot(
         getattr(points[best], axis), 100 * table[best]["accuracy"], "*", color="black", markersize=11, label="chosen"
     )
-    left.set(
-        xlabel="learning rate" if axis == "lr" else axis, xscale="log", ylabel=f"accuracy on {table[0]['n']} rows, %"
-    )
+    left.set(xlabel="learning rate" if axis == "lr" else axis, xscale="log", ylabel=f"accuracy on {scored_on}, %")
     left.legend(fontsize=7)
     if len(epochs) > 1:
         for head in range(len(points)):
@@ -373,7 +384,7 @@ def draw_grid(
                 {"color": "black", "linewidth": 2.0, "zorder": 3} if head == best else {"linewidth": 0.7, "alpha": 0.6}
             )
             panels[0, 1].plot(*zip(*curve, strict=True), **style)
-        panels[0, 1].set(xlabel="epoch (the chosen head in black)")
+        panels[0, 1].set(xlabel="epoch (a line for each head, the chosen one black)", ylabel="accuracy, %")
     for panel in panels.flat:
         panel.grid(alpha=0.3)
     for suffix in ("png", "svg"):
