@@ -335,6 +335,14 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 resources.callback(predictions.discard)
             folder.write_config(config)
             folder.write_environment(accelerator)
+    agreement.same(
+        (
+            [(model.encoder_sha256, model.head_sha256) for model in models],
+            [(one.shift_set.name, one.shards.fingerprint) for one in found],
+            missing,
+        ),
+        "models or sets",
+    )
     partial = {one.shift_set.name for one in found if one.partial}
     for model in models:
         facts = model.encoder.name, model.encoder.feature_dim, model.encoder.image_size

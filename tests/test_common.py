@@ -277,3 +277,27 @@ def test_metrics_rows_survive_a_cut_line_and_are_forgotten_after_the_checkpoint(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[1]["loss"] is None
+
+
+def test_ranks_that_see_other_files_end_together(tmp_path: Path) -> None:
+    """The first meeting agrees; at the second rank 1 sees something else: it says so, rank 0 only ends."""
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "from data import DataError\n"
+        "from train.launching import Agreement, PeerError\n"
+        "rank = int(sys.argv[1])\n"
+        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
+        "agreement = Agreement(rank, 2)\n"
+        "agreement.same(['a', 1], 'shards')\n"
+        "try:\n"
+        "    agreement.same(['a', rank], 'shards')\n"
+        "except (DataError, PeerError) as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    assert said == ["PeerError", "DataError shards here are not those of rank 0; give all machines the same files"]

@@ -326,6 +326,7 @@ def test_a_run_that_failed_leaves_its_folder_free(settings: dict[str, Any]) -> N
         ({"clip": 0.0}, "--clip"),
         ({"epochs": 0}, "--epochs"),
         ({"shots": -1}, "--shots"),
+        ({"shots": 5, "refit": True}, "give one or the other"),
         ({"max_logit_bytes": 0}, "--max_logit_bytes"),
         ({"max_bad_fraction": 2.0}, "--max_bad_fraction"),
         ({"data": ""}, "--data is missing"),

@@ -302,6 +302,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             raise ConfigError(
                 f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
             )
+    agreement.same((here, teacher_hash), "shards or teacher weights")
     total = config.steps or config.epochs * stream.steps_per_epoch
     if first > total:
         raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")

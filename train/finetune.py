@@ -298,6 +298,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             raise ConfigError(
                 f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
             )
+    agreement.same((here, start), "shards, encoder or head")
     total = config.steps or config.epochs * steps_per_epoch
     if first > total:
         raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")

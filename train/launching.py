@@ -264,6 +264,16 @@ class Agreement:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def same(self, value: Any, what: str) -> None:
+        """Raises DataError on all ranks if one sees another value than rank 0, as where machines hold other files.
+
+        Ranks that went on would wait for each other forever, or mix results in silence.
+        """
+        first = self.share(value)
+        with self.together():
+            if value != first:
+                raise DataError(f"{what} here are not those of rank 0; give all machines the same files")
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors, on their own device, with rank 0's."""
         if self.group is None:

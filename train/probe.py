@@ -31,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import contextlib
 import dataclasses
 import datetime
+import gc
 import itertools
 import logging
 import math
@@ -156,6 +157,8 @@ class Config:
         heads = math.prod(map(len, axes(self).values()))
         if self.single and (self.refit or heads > 1):
             raise ConfigError("--single is one head on all data: no --refit, and one value of each setting")
+        if self.refit and self.shots:
+            raise ConfigError("--refit would add the held-out images to the --shots; give one or the other")
         if not self.single and self.holdout == 0 and (self.refit or heads > 1):
             raise ConfigError(f"--holdout 0 leaves nothing to choose among {heads} heads by; hold some out")
         if not self.data:
@@ -247,6 +250,7 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
             precision=accelerator.mixed_precision,
         )
         cache = FeatureCache(Path(config.cache), identity)
+    agreement.same(identity.key, "encoder or shards")
     log.info("encoder  %s: %d features, %d px", encoder.name, encoder.feature_dim, encoder.image_size)
     log.info("data     %d images in %d shards", shards.num_samples, len(shards.shards))
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -268,7 +272,10 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
 
     probing.extract(cache, encoder, open_part, config.images, accelerator, agreement, signals)
     encoder_name = encoder.name
-    del encoder  # its memory
+    del encoder
+    gc.collect()  # its hooks refer to it: the last reference does not free its memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with agreement.together():
         finished = cache.finish() if rank == 0 else None
     with agreement.together():
