@@ -74,7 +74,9 @@ class Config:
     """Settings."""
 
     suite: Literal["imagenet", "demo"] = option("imagenet", "sets that belong together, and the classes of the heads")
-    data: str = option("", "folder or URL that holds a folder of shards for each set; `demo` = built-in digits")
+    data: str = option(
+        "", "folder that holds a folder of shards for each set (URLs: --sets, one by one); `demo` = built-in digits"
+    )
     sets: dict[str, str] = dataclasses.field(
         default_factory=dict,
         metadata={"help": "shards of sets that are elsewhere, by name, as `--sets.imagenet_a SHARDS`"},
