@@ -40,7 +40,7 @@ from data import DataError, demo_images
 from data.command import Parser
 from data.demo_images import CLASSES, Digits
 
-VERSION = 1  # raise it whenever a pixel, a label or the layout changes: it names the cache folder and seeds the drawing
+VERSION = 2  # raise it whenever a pixel, a label or the layout changes: it names the cache folder and seeds the drawing
 DEMO_TEACHER = f"local-dir:{Path(__file__).resolve().parent / 'demo_teacher'}"
 NO_CLASS = -1
 TURNED: dict[str, Any] = {"angle": 40, "scale": (0.55, 0.9), "shift": 5}  # how `place` moves the "turned" style
@@ -227,6 +227,36 @@ def demo_shards(split: str) -> str:
                 f"cannot build the demo in {place}: {error.strerror or error}; set SHIFTLENS_CACHE to another folder"
             ) from None
     return str(folder / split)
+
+
+def demo_student(runs: str = "runs") -> str:
+    """Name, for `load_encoder`, of the newest student that train/distill.py has exported from the demo, in RUNS/*.
+
+    Raises DataError where there is none.
+    """
+    import yaml
+
+    found = []
+    for settings in Path(runs).glob("*/config.yaml"):
+        student = settings.parent / "export" / "student.safetensors"
+        if student.is_file():
+            config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+            if isinstance(config, dict) and config.get("data") == "demo" and "teacher" in config:
+                found.append((student.stat().st_mtime, str(student.parent)))
+    if not found:
+        raise DataError(
+            f"no student of the demo in {Path(runs).absolute()}/*/export: run `accelerate launch train/distill.py` "
+            "first, or name an encoder (--encoder demo is the demo's teacher)"
+        )
+    return f"local-dir:{max(found)[1]}"
+
+
+def demo_encoder(name: str) -> str:
+    """The encoder that a setting names: `demo` = the demo's teacher, `demo_student` = its newest student, else itself.
+
+    Raises DataError as `demo_student`.
+    """
+    return {"demo": lambda: DEMO_TEACHER, "demo_student": demo_student}.get(name, lambda: name)()
 
 
 def _build(scratch: Path) -> None:

@@ -21,6 +21,7 @@ SIZE = 32
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601 weights
 TURN = 2 * math.pi
+DIMMED = np.float32(0.6)  # the brightness of a photo's background, relative to that of other styles
 ROWS, COLUMNS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
@@ -214,12 +215,14 @@ def backgrounds(
     return np.clip(mixed + _grain(rng, 0.015, mixed.shape), 0, 1)
 
 
-def _ink(background: Array, contrast: tuple[float, float], rng: np.random.Generator) -> Array:
+def _ink(
+    background: Array, contrast: tuple[float, float], rng: np.random.Generator, *, always_lighter: bool = False
+) -> Array:
     """A random colour per image, [N, 1, 1, 3], `contrast` (range, luminance) lighter or darker than its background."""
     n = len(background)
     level = (background.mean(axis=(1, 2)) @ LUMINANCE)[:, None]
     step = _uniform(rng, *contrast, (n, 1))
-    lighter = np.where(level < 0.35, True, np.where(level > 0.65, False, rng.random((n, 1)) < 0.5))
+    lighter = np.where(level < 0.35, True, np.where(level > 0.65, False, rng.random((n, 1)) < 0.5)) | always_lighter
     chroma = _uniform(rng, -0.35, 0.35, (n, 3))
     chroma -= (chroma @ LUMINANCE)[:, None]
     return np.clip(level + np.where(lighter, step, -step) + chroma, 0, 1)[:, None, None, :]
@@ -232,9 +235,12 @@ def _over(background: Array, ink: Array, coverage: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------------- styles
 
 
-def photo(glyphs: Array, rng: np.random.Generator, contrast: tuple[float, float] = (0.35, 0.6)) -> Array:
-    """Coloured digit with a soft shadow on one of the usual backgrounds."""
-    return _lit(glyphs, backgrounds(len(glyphs), rng), contrast, rng)
+def photo(glyphs: Array, rng: np.random.Generator) -> Array:
+    """Coloured digit with a soft shadow on one of the usual backgrounds, dimmed: the digit is always the lighter part.
+
+    So photos leave a habit to be learned, light on dark, that tells no class from another and that other styles break.
+    """
+    return _lit(glyphs, DIMMED * backgrounds(len(glyphs), rng), (0.35, 0.6), rng, always_lighter=True)
 
 
 def turned(glyphs: Array, rng: np.random.Generator) -> Array:
@@ -242,10 +248,18 @@ def turned(glyphs: Array, rng: np.random.Generator) -> Array:
     return _lit(glyphs, backgrounds(len(glyphs), rng, NEW_BACKGROUNDS), (0.35, 0.6), rng)
 
 
-def _lit(glyphs: Array, background: Array, contrast: tuple[float, float], rng: np.random.Generator) -> Array:
+def _lit(
+    glyphs: Array,
+    background: Array,
+    contrast: tuple[float, float],
+    rng: np.random.Generator,
+    *,
+    always_lighter: bool = False,
+) -> Array:
     shadow = 0.35 * np.roll(_blur(glyphs), (1, 1), axis=(1, 2))
     shade = 1 - 0.2 * _smooth_noise(len(glyphs), 2, rng)[..., None]
-    return _over(background * (1 - shadow[..., None]), _ink(background, contrast, rng) * shade, glyphs)
+    ink = _ink(background, contrast, rng, always_lighter=always_lighter)
+    return _over(background * (1 - shadow[..., None]), ink * shade, glyphs)
 
 
 def outline(glyphs: Array, rng: np.random.Generator) -> Array:
@@ -277,7 +291,8 @@ def painting(glyphs: Array, rng: np.random.Generator) -> Array:
         glyphs, ROWS + 4 * (_smooth_noise(n, 6, rng) - 0.5), COLUMNS + 4 * (_smooth_noise(n, 6, rng) - 0.5)
     )
     strokes: Array = np.sin(TURN * (9 * _directed(n, rng)[0] + 1.5 * _smooth_noise(n, 5, rng)))
-    picture = photo(_smoothstep(wavering + 0.15 * strokes, 0.3, 0.6), rng, (0.4, 0.65))
+    painted = _smoothstep(wavering + 0.15 * strokes, 0.3, 0.6)
+    picture = _lit(painted, backgrounds(n, rng), (0.4, 0.65), rng)
     return np.clip(np.round(picture * 5) / 5 + 0.05 * strokes[..., None], 0, 1)
 
 
