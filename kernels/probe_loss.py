@@ -289,12 +289,17 @@ def _launch(
 
 def _run(
     features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: Tensor | None,
-    upstream: Tensor | None, max_logit_bytes: int, wanted: list[bool],
+    upstream: Tensor | None, max_logit_bytes: int, wanted: list[bool], into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses and their gradients, times upstream, by features, weight and bias: float32, empty where not wanted."""
+    """Losses and their gradients, times upstream, by features, weight and bias: float32, empty where not wanted.
+
+    into: contiguous tensors for the last two, or None for new ones.
+    """
     rows, (heads, classes, width) = len(features), weight.shape
     shapes = (rows, width), (heads, classes, width), (heads, classes)
     gradients = [features.new_empty(s if w else 0, dtype=torch.float32) for s, w in zip(shapes, wanted, strict=True)]
+    if into is not None:
+        gradients[1:] = into
     by_features, by_weight, by_bias = gradients
     least_rows = FEWEST_ROWS if classes <= max(TILES) else 1  # of one program
     losses = features.new_zeros((heads, -(-rows // least_rows)), dtype=torch.float32)
@@ -399,6 +404,39 @@ def _shapes(*inputs: Any) -> str:
     return ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
 
 
+def _checked(
+    features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float | Tensor, limit: int
+) -> Tensor | None:
+    """Smoothing [H] or None, once shapes, types and values are found to fit. Raises ValueError."""
+    inputs = features, weight, bias, labels, label_smoothing
+    if features.dim() != 2 or weight.dim() != 3 or features.shape[1] != weight.shape[2] or weight.shape[1] == 0:
+        raise ValueError(f"need features [B, D], weight [H, C, D] and at least one class: {_shapes(*inputs)}")
+    if labels.shape != features.shape[:1] or (bias is not None and bias.shape != weight.shape[:2]):
+        raise ValueError(f"need labels [B] and bias [H, C]: {_shapes(*inputs)}")
+    floating = [tensor for tensor in (features, weight, bias) if tensor is not None]
+    if labels.dtype != torch.int64 or not all(tensor.is_floating_point() for tensor in floating):
+        raise ValueError(f"need floating-point features, weight and bias and int64 labels: {_shapes(*inputs)}")
+    smoothing = None
+    if isinstance(label_smoothing, Tensor):
+        smoothing = label_smoothing.detach()
+        if smoothing.shape != weight.shape[:1]:
+            raise ValueError(f"need one label_smoothing or [H]: {_shapes(*inputs)}")
+        if smoothing.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = smoothing[~((smoothing >= 0) & (smoothing <= 1))]
+            if len(outside):
+                raise ValueError(f"label_smoothing {outside.tolist()} outside [0, 1]: {_shapes(*inputs)}")
+    elif not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing {label_smoothing} outside [0, 1]: {_shapes(*inputs)}")
+    elif label_smoothing:
+        kind = torch.float64 if features.dtype == torch.float64 else torch.float32
+        smoothing = features.new_full(weight.shape[:1], label_smoothing, dtype=kind)
+    if any(tensor.device != features.device for tensor in (*floating, labels, smoothing) if tensor is not None):
+        raise ValueError(f"tensors on several devices: {_shapes(*inputs)}")
+    if limit < 1:
+        raise ValueError(f"max_logit_bytes must be positive, not {limit}")
+    return smoothing
+
+
 def multi_head_cross_entropy(
     features: Tensor,
     weight: Tensor,
@@ -427,32 +465,7 @@ def multi_head_cross_entropy(
     Raises:
         ValueError: shapes, types or devices that do not fit, smoothing outside [0, 1], a kernel that cannot run here.
     """
-    inputs = features, weight, bias, labels, label_smoothing
-    if features.dim() != 2 or weight.dim() != 3 or features.shape[1] != weight.shape[2] or weight.shape[1] == 0:
-        raise ValueError(f"need features [B, D], weight [H, C, D] and at least one class: {_shapes(*inputs)}")
-    if labels.shape != features.shape[:1] or (bias is not None and bias.shape != weight.shape[:2]):
-        raise ValueError(f"need labels [B] and bias [H, C]: {_shapes(*inputs)}")
-    floating = [tensor for tensor in (features, weight, bias) if tensor is not None]
-    if labels.dtype != torch.int64 or not all(tensor.is_floating_point() for tensor in floating):
-        raise ValueError(f"need floating-point features, weight and bias and int64 labels: {_shapes(*inputs)}")
-    smoothing = None
-    if isinstance(label_smoothing, Tensor):
-        smoothing = label_smoothing.detach()
-        if smoothing.shape != weight.shape[:1]:
-            raise ValueError(f"need one label_smoothing or [H]: {_shapes(*inputs)}")
-        if smoothing.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = smoothing[~((smoothing >= 0) & (smoothing <= 1))]
-            if len(outside):
-                raise ValueError(f"label_smoothing {outside.tolist()} outside [0, 1]: {_shapes(*inputs)}")
-    elif not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing {label_smoothing} outside [0, 1]: {_shapes(*inputs)}")
-    elif label_smoothing:
-        kind = torch.float64 if features.dtype == torch.float64 else torch.float32
-        smoothing = features.new_full(weight.shape[:1], label_smoothing, dtype=kind)
-    if any(tensor.device != features.device for tensor in (*floating, labels, smoothing) if tensor is not None):
-        raise ValueError(f"tensors on several devices: {_shapes(*inputs)}")
-    if max_logit_bytes < 1:
-        raise ValueError(f"max_logit_bytes must be positive, not {max_logit_bytes}")
+    smoothing = _checked(features, weight, bias, labels, label_smoothing, max_logit_bytes)
     triton = use_triton("multi_head_cross_entropy", kernel, features, weight, bias)
     device = features.device.type
     if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
@@ -465,3 +478,85 @@ def multi_head_cross_entropy(
     wanted = [False, ready and weight.requires_grad, ready and bias is not None and bias.requires_grad]
     losses: Tensor = _operation(features, weight, bias, labels, smoothing, None, max_logit_bytes, wanted)[0]
     return losses
+
+
+@torch.no_grad()
+def multi_head_gradients(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    by_weight: Tensor,
+    by_bias: Tensor,
+    *,
+    label_smoothing: float | Tensor = 0.0,
+    max_logit_bytes: int = 256 * 2**20,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """The losses [H] of `multi_head_cross_entropy`, and their gradients without autograd, for frozen features.
+
+    Args:
+        by_weight, by_bias: float32 [H, C, D] and [H, C], contiguous; overwritten by each head's gradients.
+        others: as in `multi_head_cross_entropy`, but that plain PyTorch heeds `max_logit_bytes` here too.
+
+    Raises ValueError as there, and for gradients of another shape or type.
+    """
+    smoothing = _checked(features, weight, bias, labels, label_smoothing, max_logit_bytes)
+    for name, gradient, like in (("by_weight", by_weight, weight), ("by_bias", by_bias, bias)):
+        if gradient.shape != like.shape or gradient.dtype != torch.float32 or not gradient.is_contiguous():
+            raise ValueError(f"{name} must be contiguous float32 {list(like.shape)}, not {list(gradient.shape)}")
+    triton = use_triton("multi_head_cross_entropy", kernel, features, weight, bias)
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        features = features.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        if triton:
+            smoothing = None if smoothing is None else smoothing.float().contiguous()
+            wanted, into = [False, True, True], (by_weight, by_bias)
+            return _run(features, weight, bias, labels, smoothing, None, max_logit_bytes, wanted, into)[0]
+        return _plain_gradients(features, weight, bias, labels, smoothing, max_logit_bytes, by_weight, by_bias)
+
+
+def _plain_gradients(
+    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, smoothing: Tensor | None, max_logit_bytes: int,
+    by_weight: Tensor, by_bias: Tensor,
+) -> Tensor:  # fmt: skip
+    """What `multi_head_gradients` promises, in plain PyTorch: log-softmax once, everything after it in its place."""
+    rows, (heads, classes, _) = len(features), weight.shape
+    losses = weight.new_zeros(heads, dtype=torch.float32)
+    if rows == 0 or heads == 0:
+        by_weight.zero_()
+        by_bias.zero_()
+        return losses
+    if features.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {classes} classes")
+    valid = torch.where((labels >= 0) & (labels < classes), 1.0, float("nan"))
+    # A logit exists in the product's type, in float32 twice for a moment, and as what goes into the second product.
+    most = max(1, max_logit_bytes // (classes * (8 + 2 * features.element_size())))
+    block, chunk = (most // rows, rows) if most >= rows else (1, max(most, min(rows, FEWEST_CHUNK_ROWS)))
+    for first in range(0, heads, block):
+        part = slice(first, min(first + block, heads))
+        low, low_bias = (x[part].flatten(0, 1).to(features.dtype) for x in (weight, bias))
+        for start in range(0, rows, chunk):
+            x, y, ok = (tensor[start : start + chunk] for tensor in (features, labels, valid))
+            p = F.linear(x, low, low_bias).view(len(x), -1, classes).float().log_softmax(2)
+            place = y.clamp(0, classes - 1)[:, None, None].expand(-1, p.shape[1], 1)
+            own = -p.gather(2, place).squeeze(2)
+            if smoothing is not None:
+                epsilon = smoothing[part].float()
+                # A masked class has log p = -inf, which must not meet a smoothing of 0.
+                own = torch.where(epsilon == 0, own, (1 - epsilon) * own - epsilon * p.mean(2))
+            losses[part] += (own * ok[:, None]).sum(0)
+            p.exp_()
+            if smoothing is None:
+                p.scatter_add_(2, place, (-1 * ok)[:, None, None].expand_as(place))
+            else:
+                p -= (epsilon / classes)[:, None]
+                p.scatter_add_(2, place, ((epsilon - 1) * ok[:, None])[:, :, None])
+            sums = p.sum(0)
+            by_bias[part] = sums if start == 0 else by_bias[part] + sums
+            p = p.flatten(1).to(features.dtype)
+            _add_product(by_weight[part].flatten(0, 1), p.t(), x, 1 / rows, start > 0)
+            del p
+    by_bias /= rows
+    return losses / rows

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data.features import Features, Identity
 from models import ModelError
 from models.encoders import Encoder, load_encoder
+from models.featurisers import Featuriser
 from train import probing
 from train.common import cosine_lr, step_seed
 from train.heads import Arithmetic, HeadBlock, Point, cut_into_blocks, few_shots, held_out, score, solve
@@ -76,6 +77,9 @@ def trained_alone(point: Point, data: Features, schedule: probing.Schedule) -> t
     return head.weight.detach(), head.bias.detach() if point.bias else torch.zeros(classes)
 
 
+LINEAR = probing.Form()
+
+
 class OneProcess:
     """Stands for Agreement and StopSignals of a single process."""
 
@@ -85,9 +89,15 @@ class OneProcess:
         return signal_number
 
 
-def fit(points: Sequence[Point], rows: probing.Rows, schedule: probing.Schedule, arithmetic: Arithmetic = CPU) -> Any:
+def fit(
+    points: Sequence[Point],
+    rows: probing.Rows,
+    schedule: probing.Schedule,
+    arithmetic: Arithmetic = CPU,
+    form: probing.Form = LINEAR,
+) -> Any:
     alone: Any = OneProcess()
-    found = probing.fit_by_adamw(points, rows, schedule, arithmetic, alone, alone, lambda row: None)
+    found = probing.fit_by_adamw(points, rows, schedule, form, arithmetic, alone, alone, lambda row: None)
     return sorted(found, key=lambda each: each.number)
 
 
@@ -188,6 +198,116 @@ def test_kernels_train_as_the_reference_does() -> None:
     kernels = fit(points, all_rows(data), schedule, dataclasses.replace(CPU, kernel="triton"))
     for a, b in zip(plain, kernels, strict=True):
         assert (a.weight - b.weight).abs().max() <= 1e-5
+
+
+def mlp_trained_alone(point: Point, kind: Any, data: Features, schedule: probing.Schedule) -> nn.Module:
+    """Layers and head the plain way: one torch module, cross_entropy, AdamW on all its parameters."""
+    torch.manual_seed(schedule.seed)
+    layers = Featuriser(data.width, kind=kind, layers=2)
+    torch.manual_seed(schedule.seed)
+    head = nn.Linear(data.width, len(data.identity.classes), bias=point.bias)
+    if point.bias:
+        nn.init.zeros_(head.bias)
+    module = nn.Sequential(layers, head)
+    parameters = list(module.parameters())
+    assert point.lr is not None
+    assert point.weight_decay is not None
+    optimizer = torch.optim.AdamW(parameters, lr=point.lr, weight_decay=point.weight_decay)
+    steps = -(-data.rows // schedule.batch_size)
+    for epoch in range(schedule.epochs):
+        generator = torch.Generator().manual_seed(step_seed(schedule.seed, epoch, 0))
+        for step, rows in enumerate(torch.randperm(data.rows, generator=generator).split(schedule.batch_size)):
+            module.train(len(rows) > 1)
+            hidden = layers(data.pieces[0][rows])
+            logits = head(F.normalize(hidden) if point.normalize else hidden)
+            loss = F.cross_entropy(logits, data.labels[rows], label_smoothing=point.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(epoch * steps + step, point.lr, schedule.warmup_steps, schedule.epochs * steps)
+            optimizer.step()
+    return module.eval()
+
+
+@pytest.mark.parametrize("kind", ["basic", "residual", "reversible"])
+def test_heads_with_layers_are_separate_trainings(kind: Any) -> None:
+    """129 rows: the last batch of 64 has one row, for which batch norm has no statistics of its own."""
+    data = problem(n=129)
+    points = grid_of(
+        normalize=[False, True], bias=[True, False], label_smoothing=[0.0, 0.1], lr=[1e-3, 1e-2], weight_decay=[0.1]
+    )
+    schedule = probing.Schedule(batch_size=64, epochs=2, warmup_steps=2, clip=0.5, seed=3)
+    form = probing.Form(mlp_kind=kind, mlp_layers=2)
+    fits = fit(points, all_rows(data), schedule, form=form)
+    for each, point in zip(fits, points, strict=True):
+        alone = mlp_trained_alone(point, kind, data, schedule)
+        layers, head = alone
+        assert (each.weight - head.weight).abs().max() <= 1e-5, point
+        with torch.no_grad():
+            hidden = layers(data.pieces[0])
+            logits = head(F.normalize(hidden) if point.normalize else hidden)
+            own = each.featuriser(data.pieces[0])
+            found = (F.normalize(own) if point.normalize else own) @ each.weight.T + each.bias
+        assert (found - logits).abs().max() <= 1e-4, point
+        assert each.correct == int((logits.argmax(1) == data.labels).sum())
+        assert each.loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-4)
+
+
+def test_layers_learn_what_a_linear_head_cannot() -> None:
+    """The class is the product of two signs."""
+    features = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    data = stored(features, (features[:, 0] * features[:, 1] > 0).long(), 2)
+    point = Point(False, True, 0.0, lr=3e-2, weight_decay=0.0)
+    schedule = probing.Schedule(batch_size=100, epochs=15, warmup_steps=2, clip=1.0, seed=0)
+    (linear,) = fit([point], all_rows(data), schedule)
+    (layers,) = fit([point], all_rows(data), schedule, form=probing.Form(mlp_layers=2))
+    assert linear.correct / linear.n < 0.65
+    assert layers.correct / layers.n > 0.95
+
+
+def test_a_transform_stands_before_all_heads_of_either_solver() -> None:
+    data = problem()
+    transform = probing.draw_transform(all_rows(data), 2, seed=0)
+    there = stored(transform(data.pieces[0]), data.labels, 7)
+    arithmetic = dataclasses.replace(CPU, transform=transform)
+    points = grid_of(normalize=[False, True], bias=[True], label_smoothing=[0.0], lr=[1e-2], weight_decay=[0.1])
+    schedule = probing.Schedule(batch_size=64, epochs=2, warmup_steps=2, clip=1.0, seed=0)
+    before = fit(points, all_rows(there), schedule)
+    for a, b in zip(fit(points, all_rows(data), schedule, arithmetic), before, strict=True):
+        assert torch.allclose(a.weight, b.weight, atol=1e-6)
+        assert a.correct == b.correct
+    rows = torch.arange(data.rows)
+    solved = solve(Point(False, True, 0.0, penalty=1e-2), data, rows, 7, arithmetic)
+    expected = solve(Point(False, True, 0.0, penalty=1e-2), there, rows, 7, CPU)
+    assert solved.objective == pytest.approx(expected.objective, rel=1e-6)
+
+
+def test_heads_start_from_a_given_one() -> None:
+    data = problem()
+    weight, bias = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)), torch.arange(7.0)
+    point = Point(False, True, 0.0, lr=1e-2, weight_decay=0.1)
+    schedule = probing.Schedule(batch_size=64, epochs=0, warmup_steps=2, clip=1.0, seed=0)
+    form = probing.Form(initial=(weight, bias))
+    found = fit([point, point], all_rows(data), schedule, form=form)
+    assert all(torch.equal(each.weight, weight) and torch.equal(each.bias, bias) for each in found)
+    (trained,) = fit([point], all_rows(data), dataclasses.replace(schedule, epochs=3), form=form)
+    assert trained.loss < found[0].loss
+    assert torch.equal(weight, torch.randn(7, 16, generator=torch.Generator().manual_seed(1))), "the start was changed"
+
+
+@pytest.mark.parametrize("batches", [1, 3, 16])
+def test_how_many_batches_a_block_takes_at_a_time_changes_nothing(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = problem()
+    points = FORTY_EIGHT[:10]
+    schedule = probing.Schedule(batch_size=32, epochs=2, warmup_steps=2, clip=1.0, seed=0)
+    expected = fit(points, all_rows(data), schedule)
+    monkeypatch.setattr(probing, "_GROUP_BATCHES", batches)
+    for a, b in zip(fit(points, all_rows(data), schedule), expected, strict=True):
+        assert torch.equal(a.weight, b.weight)
+        assert a.summary == b.summary
 
 
 def test_all_heads_begin_as_torchs_linear_does() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data import DataError, features
 from data.features import open_features
+from models import ModelError
 from models.encoders import Encoder, load_encoder
 from models.heads import load_head
 from tests.test_heads import CPU, OneProcess, objective, problem, sklearn_optimum, stored, trained_alone
@@ -232,6 +233,85 @@ def test_shots_take_k_images_of_each_class(settings: dict[str, Any]) -> None:
     assert result["accuracy_n"] == int(held_out(torch.arange(301), 0.1).sum())
 
 
+@pytest.mark.parametrize("solver", ["adamw", "lbfgs"])
+def test_layers_and_transform_are_in_the_heads_file(solver: str, settings: dict[str, Any]) -> None:
+    """The loaded head, on the encoder's own features, gives the accuracy that the run reports."""
+    settings |= {"nonlinear_blocks": 2, "dtype": "fp32"}
+    if solver == "lbfgs":
+        settings |= {"solver": "lbfgs", "lr": [], "weight_decay": [], "penalty": [1e-3]}
+    else:
+        settings |= {"mlp_layers": 1, "mlp_kind": "residual", "normalize": [True], "lr": [1e-3, 1e-2]}
+    result = main(Config(**settings))
+    head = load_head(Path(settings["out"]) / "head.safetensors", NAMES)
+    described = {"width": 24, "transform_blocks": 2, "kind": "basic", "layers": 0}
+    if solver == "adamw":
+        described |= {"kind": "residual", "layers": 1}
+    assert head.metadata["encoder"] == settings["encoder"]
+    from models.featurisers import featuriser_header
+
+    assert head.featuriser is not None
+    assert featuriser_header(head.featuriser) == described
+    found = open_features(next(Path(settings["cache"]).iterdir()))
+    rows = held_out(found.index, 0.1)
+    features = torch.cat(found.pieces)[rows]
+    right = int((head.logits(features).argmax(1) == found.labels[rows]).sum())
+    assert right == result["table"][result["best"]]["correct"]
+    assert result["accuracy"] > 0.6
+    assert lines(Path(settings["out"]) / "results.jsonl")[0]["head_sha256"]
+    # Another seed is another transform of the same features.
+    other = main(Config(**{**settings, "seed": 1, "out": settings["out"] + "2"}))
+    assert len(list(Path(settings["cache"]).iterdir())) == 1
+    assert other["table"] != result["table"]
+
+
+def test_heads_start_from_a_zero_shot_head(settings: dict[str, Any], tmp_path: Path) -> None:
+    from models.heads import save_head
+    from models.weights import state_sha256
+
+    encoder = load_encoder(settings["encoder"])
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    facts = {"encoder": settings["encoder"], "encoder_sha256": state_sha256(encoder.state_dict())}
+    init = tmp_path / "zero_shot.safetensors"
+    save_head(init, weight, None, NAMES, normalize=True, metadata=facts)
+    settings |= {"init": str(init), "lr": [1e-3, 1e-2], "epochs": 1}
+    result = main(Config(**settings))
+    assert result["point"]["normalize"] is True
+    assert len(result["table"]) == 2  # the start says for which features it is
+    untrained = [row for row in lines(Path(settings["out"]) / "metrics.jsonl") if row["epoch"] == 0]
+    found = open_features(next(Path(settings["cache"]).iterdir()))
+    rows = held_out(found.index, 0.1)
+    features = torch.nn.functional.normalize(torch.cat(found.pieces)[rows].float())
+    assert untrained[0]["correct"] == int(((features @ weight.T).argmax(1) == found.labels[rows]).sum())
+    for change, message in (
+        ({"normalize": [False]}, "takes normalised features; leave out --normalize"),
+        ({"init": str(tmp_path / "nothing.safetensors")}, "no weight file"),
+    ):
+        with pytest.raises((ConfigError, ModelError), match=message) as caught:
+            main(Config(**{**settings, **change, "out": str(tmp_path / "no")}))
+        assert "\n" not in str(caught.value)
+    for metadata, classes, message in (
+        ({**facts, "encoder_sha256": "0"}, NAMES, "is a head of .*, not of this encoder"),
+        (facts, NAMES[::-1], "the same classes in another order"),
+    ):
+        save_head(init, weight, None, classes, normalize=True, metadata=metadata)
+        with pytest.raises(ModelError, match=message):
+            main(Config(**{**settings, "out": str(tmp_path / "no")}))
+
+
+def test_a_reference_is_probed_in_the_same_way(settings: dict[str, Any], goldens: Path) -> None:
+    teacher = f"cifar_resnet20/{goldens / 'cifar_resnet20.safetensors'}"
+    settings |= {"reference": teacher, "lr": [1e-2]}
+    result = main(Config(**settings))
+    second = Path(settings["out"]) / "reference"
+    assert load_head(second / "head.safetensors").metadata["encoder"] == teacher
+    assert load_head(Path(settings["out"]) / "head.safetensors").metadata["encoder"] == settings["encoder"]
+    assert result["reference"]["encoder_sha256"] != result["encoder_sha256"]
+    assert len(table(second)) == len(table(settings["out"])) == 2
+    # Alone it is the same.
+    alone = main(Config(**{**settings, "encoder": teacher, "reference": "", "out": settings["out"] + "2"}))
+    assert alone["table"] == result["reference"]["table"]
+
+
 def test_lbfgs_run(settings: dict[str, Any]) -> None:
     settings |= {"solver": "lbfgs", "lr": [], "weight_decay": [], "penalty": [1e-5, 1e-3, 1e-1], "dtype": "fp32"}
     result = main(Config(**settings))
@@ -330,6 +410,9 @@ def test_a_run_that_failed_leaves_its_folder_free(settings: dict[str, Any]) -> N
         ({"max_logit_bytes": 0}, "--max_logit_bytes"),
         ({"max_bad_fraction": 2.0}, "--max_bad_fraction"),
         ({"data": ""}, "--data is missing"),
+        ({"mlp_layers": -1}, "--mlp_layers must not be negative"),
+        ({"solver": "lbfgs", "lr": [], "weight_decay": [], "mlp_layers": 1}, "no meaning with --solver lbfgs"),
+        ({"init": "head.safetensors", "nonlinear_blocks": 1}, "--init fits the features of one encoder"),
     ],
 )
 def test_impossible_settings_are_one_line(change: dict[str, Any], expected: str, settings: dict[str, Any]) -> None:
@@ -470,7 +553,7 @@ def test_processes_share_the_heads_and_change_no_bit(solver: str, monkeypatch: p
         shared = CPU, process, process, lambda row: None
         if solver == "lbfgs":
             return probing.fit_by_lbfgs(points, rows, *shared)
-        return probing.fit_by_adamw(points, rows, probing.Schedule(16, 2, 2, 1.0, 0), *shared)
+        return probing.fit_by_adamw(points, rows, probing.Schedule(16, 2, 2, 1.0, 0), probing.Form(), *shared)
 
     alone = sorted(fit(0, 1), key=lambda each: each.number)
     assert [each.number for each in alone] == list(range(10))
@@ -502,16 +585,48 @@ def test_a_kill_while_extracting_costs_no_finished_part(settings: dict[str, Any]
     assert broken["table"] == unbroken["table"]
 
 
-def test_the_demo_is_a_bare_command(tmp_path: Path) -> None:
-    """What `train/probe.py` does without flags, to other folders, in under half a minute once the demo is built."""
+def test_the_demo_is_a_bare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `train/probe.py` does without flags, once the demo is built: the newest student of runs/, and the teacher.
+
+    The student is one of the demo's architecture with random weights: what is shown is the way, not the accuracy.
+    """
     from data import demo
+    from models.export import export_student
 
     demo.demo_shards("train")
-    argv = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--workers", "0"]
+    monkeypatch.chdir(tmp_path)
+    argv = ["--cache", str(tmp_path / "cache"), "--workers", "0"]
     config = parse_config(Config, argv, "test", "probe_demo.yaml")
-    assert (config.data, config.encoder) == ("demo", "demo")
+    assert (config.data, config.encoder, config.reference) == ("demo", "demo_student", "demo")
+    with pytest.raises(DataError, match="run `accelerate launch train/distill.py` first") as caught:
+        main(config)
+    assert "\n" not in str(caught.value)
+    for number, (name, settings) in enumerate(
+        {
+            "demo": "{data: demo, teacher: demo}",
+            "other": "{data: demo, teacher: demo}",
+            "tuned": "{data: demo, encoder: demo}",  # of train/finetune.py
+            "real": "{data: shards, teacher: 'open_clip:RN50'}",
+        }.items()
+    ):
+        torch.manual_seed(number)
+        student = load_encoder(demo.DEMO_TEACHER, weights=False)
+        export_student(student, Path("runs", name, "export"), card={}, source=None)
+        Path("runs", name, "config.yaml").write_text(settings)
+        os.utime(Path("runs", name, "export", "student.safetensors"), (number, number))
     start = time.monotonic()
     result = main(config)
-    assert result["accuracy"] > 0.97
-    assert len(result["table"]) == 28
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
+    assert result["encoder"] == f"local-dir:{Path('runs', 'other', 'export')}"
+    assert result["reference"]["encoder"] == demo.DEMO_TEACHER
+    assert result["reference"]["accuracy"] > 0.97 > result["accuracy"]
+    for folder, found in (("runs/demo_probe", result), ("runs/demo_probe/reference", result["reference"])):
+        assert len(found["table"]) == 28
+        head = load_head(Path(folder, "head.safetensors"))
+        assert head.metadata["encoder_sha256"] == found["encoder_sha256"]
+        assert len(lines(Path(folder, "results.jsonl"))) == 1
+    # Another student in the same place: its head takes the place of the first one's.
+    os.utime(Path("runs", "demo", "export", "student.safetensors"), (9, 9))
+    assert main(config)["encoder"] == f"local-dir:{Path('runs', 'demo', 'export')}"
+    assert len(lines(Path("runs/demo_probe/results.jsonl"))) == 2
+    assert len(lines(Path("runs/demo_probe/reference/results.jsonl"))) == 1

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import probe_loss
 from kernels.dispatch import HAS_TRITON
-from kernels.probe_loss import extra_bytes, multi_head_cross_entropy
+from kernels.probe_loss import extra_bytes, multi_head_cross_entropy, multi_head_gradients
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 NAMES = ("losses", "features", "weight", "bias")
@@ -580,6 +580,57 @@ def kernels_replaced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(probe_loss, "processors", lambda device: 132)
         patch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
         yield
+
+
+# Gradients without autograd.
+
+
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, "per head"])
+@pytest.mark.parametrize("limit", [1, 3000, 2**28])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_gradients_without_autograd(device: str, kernel: Any, smoothing: Any, limit: int, dtype: torch.dtype) -> None:
+    """As exact as autograd's, in blocks of heads, in chunks of rows and at once; what the tensors held is gone."""
+    inputs = example(150, 12, 5, 7, device, dtype)
+    option = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.0], device=device) if smoothing == "per head" else smoothing
+    exact_option = option.double() if isinstance(option, Tensor) else option
+    exact = results(double(inputs), kernel="reference", label_smoothing=exact_option)
+    plain = results(inputs, kernel="reference", label_smoothing=option)
+    found = {"weight": torch.full_like(inputs[1], 3.0), "bias": torch.full_like(inputs[2], float("nan"))}
+    into = found["weight"], found["bias"]
+    found["losses"] = multi_head_gradients(*inputs, *into, label_smoothing=option, max_logit_bytes=limit, kernel=kernel)
+    for name, value in exact.items():
+        scale = torch.finfo(dtype).eps * (rms(value) + 0.5 / 150**0.5)
+        assert rms(found[name] - value) <= 2 * rms(plain[name] - value) + scale, name
+        assert found[name].dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_gradients_without_autograd_at_the_edges(device: str, kernel: Any) -> None:
+    features, weight, bias, labels = example(0, 4, 2, 3, device)
+    by_weight, by_bias = torch.ones_like(weight), torch.ones_like(bias)
+    assert not multi_head_gradients(features, weight, bias, labels, by_weight, by_bias, kernel=kernel).any()
+    assert not by_weight.any()
+    assert not by_bias.any()
+    # A class that is masked away takes no part; a logit that is not finite spoils its own head alone.
+    features, weight, bias, labels = example(9, 4, 3, 5, device)
+    bias[0, 2], weight[1, 0, 0] = -float("inf"), float("nan")
+    labels[labels == 2] = 1
+    by_weight, by_bias = torch.ones_like(weight), torch.ones_like(bias)
+    losses = multi_head_gradients(features, weight, bias, labels, by_weight, by_bias, kernel=kernel)
+    expected = results((features, weight, bias, labels), kernel="reference")
+    assert torch.allclose(by_weight, expected["weight"], atol=1e-6, equal_nan=True)
+    assert torch.allclose(by_bias, expected["bias"], atol=1e-6, equal_nan=True)
+    assert torch.allclose(losses, expected["losses"], atol=1e-6, equal_nan=True)
+    assert losses.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="by_bias must be contiguous float32"):
+        multi_head_gradients(features, weight, bias, labels, by_weight, by_bias.double(), kernel=kernel)
+
+
+def test_gradients_without_autograd_refuse_labels_outside_the_classes() -> None:
+    features, weight, bias, labels = example(9, 4, 3, 5)
+    with pytest.raises(ValueError, match="labels from"):
+        multi_head_gradients(features, weight, bias, labels + 1, torch.ones_like(weight), torch.ones_like(bias))
 
 
 @pytest.mark.parametrize("limit", [2**24, 2**28])

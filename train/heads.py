@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.features import Features
-from kernels.dispatch import Kernel, use_triton
-from kernels.probe_loss import multi_head_cross_entropy
+from kernels.dispatch import Kernel
+from kernels.probe_loss import multi_head_cross_entropy, multi_head_gradients
+from models.featurisers import Featuriser, Kind
 
 # Heads of one product, at most: by type of device, not by what fits, because which heads share a product must not
 # depend on the number of processes, or their roundings would. On a CPU, four measure best at 1000 classes.
@@ -48,12 +49,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How products are computed: on which device, in which type (float32, or autocast's), within how much memory."""
+    """How products are computed: on which device, in which type (float32, or autocast's), within how much memory.
+
+    transform: a fixed one on that device, in evaluation mode, that stands before all heads.
+    """
 
     device: torch.device
     autocast: torch.dtype | None = None
     max_logit_bytes: int = 256 * 2**20
     kernel: Kernel = "auto"
+    transform: Featuriser | None = None
 
     def context(self) -> torch.autocast:
         enabled = self.autocast is not None
@@ -63,18 +68,28 @@ class Arithmetic:
         """How many rows at a time keep logits and features of plain PyTorch within max_logit_bytes; at least 16."""
         return max(16, self.max_logit_bytes // (_BYTES_PER_LOGIT * heads * classes + 8 * width))
 
-    def inputs(self, features: Tensor, normalize: bool) -> Tensor:
-        """Stored features as the product takes them: float32 [n, D] on the device, divided by their L2 norm if asked.
+    def inputs(self, features: Tensor, normalize: bool, featuriser: Featuriser | None = None) -> Tensor:
+        """Stored features as the product takes them, float32 [n, D] on the device.
 
-        Features that are all 0 stay 0.
+        They are sent through the transform, through the head's own featuriser, and divided by their L2 norm if asked;
+        features that are all 0 stay 0.
         """
         inputs = features.to(self.device, torch.float32)
+        if self.transform is not None:
+            with torch.no_grad():
+                inputs = self.transform(inputs)
+        if featuriser is not None:
+            with self.context():
+                inputs = featuriser(inputs).float()
         return inputs / torch.linalg.vector_norm(inputs, dim=1, keepdim=True).clamp_min(1e-30) if normalize else inputs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Many heads by AdamW
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+Initial = tuple[Tensor, Tensor]  # weight [C, D] and bias [C] that heads start from
 
 
 def cut_into_blocks(points: Sequence[Point], device: torch.device) -> list[list[int]]:
@@ -89,8 +104,8 @@ def cut_into_blocks(points: Sequence[Point], device: torch.device) -> list[list[
 class HeadBlock:
     """Some heads [H, C, D] that see the same batches, each trained as torch's AdamW would train it alone.
 
-    All heads start from the same weights, drawn as torch.nn.Linear draws them, and from a bias of 0; where a head has
-    no bias, its gradient is masked and it stays 0. Gradients are clipped head by head.
+    All heads start from the same weights: those of `initial`, or drawn as torch.nn.Linear draws them, with a bias of 0;
+    where a head has no bias, its gradient is masked and it stays 0. Gradients are clipped head by head.
 
     Attributes:
         points: settings of the heads; all agree in `normalize`.
@@ -98,24 +113,36 @@ class HeadBlock:
     """
 
     def __init__(
-        self, points: Sequence[Point], classes: int, width: int, *, seed: int, clip: float, arithmetic: Arithmetic
+        self,
+        points: Sequence[Point],
+        classes: int,
+        width: int,
+        *,
+        seed: int,
+        clip: float,
+        arithmetic: Arithmetic,
+        initial: Initial | None = None,
     ) -> None:
         assert len({point.normalize for point in points}) == 1, "one product takes one kind of features"
         self.points, self.clip, self.arithmetic = list(points), clip, arithmetic
-        device, bound = arithmetic.device, 1 / math.sqrt(width)
-        first = torch.empty(classes, width).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-        self.weight = first.to(device).repeat(len(points), 1, 1).requires_grad_()
-        self.bias = torch.zeros(len(points), classes, device=device, requires_grad=True)
+        self.featurisers: list[Featuriser] = []  # none: see FeaturisedHeads
+        device = arithmetic.device
+        first, first_bias = initial or _drawn(classes, width, seed)
+        self.weight = first.to(device).repeat(len(points), 1, 1)
+        self.bias = first_bias.to(device).repeat(len(points), 1)
+        self._by_weight, self._by_bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
         self._has_bias = torch.tensor([[float(point.bias)] for point in points], device=device)
         smoothing = [point.label_smoothing for point in points]
         self._smoothing = torch.tensor(smoothing, device=device) if any(smoothing) else 0.0
         # Torch's own optimiser on windows of the two tensors: one pass over memory, where the formula written out in
         # tensor operations takes six. Heads of equal settings share a launch.
-        self._windows = [(self.weight.detach()[i], self.bias.detach()[i]) for i in range(len(points))]
+        windows = [(self.weight[i], self.bias[i]) for i in range(len(points))]
+        for i, (weight, bias) in enumerate(windows):
+            weight.grad, bias.grad = self._by_weight[i], self._by_bias[i]
         self._settings = sorted({(point.lr or 0.0, point.weight_decay or 0.0) for point in points})
         groups = [
             {
-                "params": [p for point, pair in zip(points, self._windows, strict=True) for p in pair
+                "params": [p for point, pair in zip(points, windows, strict=True) for p in pair
                            if (point.lr or 0.0, point.weight_decay or 0.0) == setting],
                 "lr": setting[0],
                 "weight_decay": setting[1],
@@ -131,59 +158,138 @@ class HeadBlock:
             features: [n, D] as stored; labels: int64 [n] on the device.
             schedule: the step's learning rate as a share of each head's peak.
         """
-        heads, classes, width = self.weight.shape
+        by_weight, by_bias = self._by_weight, self._by_bias
         inputs = self.arithmetic.inputs(features, self.points[0].normalize)
-        chunk = len(inputs)
-        if not use_triton("multi_head_cross_entropy", self.arithmetic.kernel, inputs, self.weight):
-            chunk = self.arithmetic.rows(heads, classes, width)  # the kernels cut their own blocks
-        losses, by_weight, by_bias = self._gradients(inputs[:chunk], labels[:chunk], len(inputs))
-        for start in range(chunk, len(inputs), chunk):
-            more = self._gradients(inputs[start : start + chunk], labels[start : start + chunk], len(inputs))
-            losses, by_weight, by_bias = losses + more[0], by_weight.add_(more[1]), by_bias.add_(more[2])
+        with self.arithmetic.context():
+            losses = multi_head_gradients(
+                inputs,
+                self.weight,
+                self.bias,
+                labels,
+                by_weight,
+                by_bias,
+                label_smoothing=self._smoothing,
+                max_logit_bytes=self.arithmetic.max_logit_bytes,
+                kernel=self.arithmetic.kernel,
+            )
         by_bias *= self._has_bias
         if math.isfinite(self.clip):
             norms = torch.linalg.vector_norm(by_weight, dim=(1, 2)).hypot(torch.linalg.vector_norm(by_bias, dim=1))
             factor = (self.clip / (norms + 1e-6)).clamp(max=1)  # torch.nn.utils.clip_grad_norm_'s
             by_weight *= factor[:, None, None]
             by_bias *= factor[:, None]
-        for head, (weight, bias) in enumerate(self._windows):
-            weight.grad, bias.grad = by_weight[head], by_bias[head]
         for group, (lr, _) in zip(self._optimizer.param_groups, self._settings, strict=True):
             group["lr"] = lr * schedule
         self._optimizer.step()
         return losses
 
-    def _gradients(self, inputs: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What these rows add to the mean losses of a batch, and to their gradients."""
-        with self.arithmetic.context():
-            losses = multi_head_cross_entropy(
-                inputs,
-                self.weight,
-                self.bias,
-                labels,
-                label_smoothing=self._smoothing,
-                max_logit_bytes=self.arithmetic.max_logit_bytes,
-                kernel=self.arithmetic.kernel,
-            )
-        if len(inputs) != batch:
-            losses = losses * (len(inputs) / batch)
-        by_weight, by_bias = torch.autograd.grad(losses.sum(), (self.weight, self.bias))
-        return losses.detach(), by_weight, by_bias
+
+def _drawn(classes: int, width: int, seed: int) -> Initial:
+    """Weights as torch.nn.Linear draws them, and a bias of 0."""
+    bound = 1 / math.sqrt(width)
+    weight = torch.empty(classes, width).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return weight, torch.zeros(classes)
+
+
+class FeaturisedHeads:
+    """Some heads [H, C, D], each behind trained layers of its own; attributes and `step` as of `HeadBlock`.
+
+    The heads have nothing in common to multiply with, so they are trained one after the other on each batch. Batch
+    norm sees the whole batch, which is therefore not cut: memory is that of one head's activations and logits.
+
+    Attributes:
+        featurisers: one for each head, all starting from the same weights.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        classes: int,
+        width: int,
+        *,
+        kind: Kind,
+        layers: int,
+        seed: int,
+        clip: float,
+        arithmetic: Arithmetic,
+    ) -> None:
+        self.points, self.clip, self.arithmetic = list(points), clip, arithmetic
+        self.featurisers = []
+        for _ in points:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.featurisers.append(Featuriser(width, kind=kind, layers=layers).to(arithmetic.device))
+        first, first_bias = _drawn(classes, width, seed)
+        self._heads = [
+            (first.clone().to(arithmetic.device).requires_grad_(), first_bias.clone().to(arithmetic.device))
+            for _ in points
+        ]
+        for point, (_, bias) in zip(points, self._heads, strict=True):
+            bias.requires_grad_(point.bias)
+        self._parameters = [
+            [*featuriser.parameters(), *(part for part in head if part.requires_grad)]
+            for featuriser, head in zip(self.featurisers, self._heads, strict=True)
+        ]
+        groups = [
+            {"params": own, "lr": point.lr, "weight_decay": point.weight_decay}
+            for own, point in zip(self._parameters, points, strict=True)
+        ]
+        self._optimizer = torch.optim.AdamW(groups, fused=True)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.stack([weight for weight, _ in self._heads])
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.stack([bias for _, bias in self._heads])
+
+    def step(self, features: Tensor, labels: Tensor, schedule: float) -> Tensor:
+        """One step of every head on a batch; returns its losses [H] before the step.
+
+        Of a single row batch norm has no statistics: it then takes the running ones.
+        """
+        losses = []
+        for point, featuriser, (weight, bias), parameters in zip(
+            self.points, self.featurisers, self._heads, self._parameters, strict=True
+        ):
+            inputs = self.arithmetic.inputs(features, point.normalize, featuriser.train(len(features) > 1))
+            with self.arithmetic.context():
+                logits = F.linear(inputs, weight, bias)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=point.label_smoothing)
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            if math.isfinite(self.clip):
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            losses.append(loss.detach())
+        for group, point in zip(self._optimizer.param_groups, self.points, strict=True):
+            group["lr"] = (point.lr or 0.0) * schedule
+        self._optimizer.step()
+        return torch.stack(losses)
 
 
 @torch.no_grad()
 def score(
-    weight: Tensor, bias: Tensor, normalize: bool, data: Features, rows: Tensor, arithmetic: Arithmetic
+    weight: Tensor,
+    bias: Tensor,
+    normalize: bool,
+    data: Features,
+    rows: Tensor,
+    arithmetic: Arithmetic,
+    featuriser: Featuriser | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Correct answers (int64 [H]) and mean cross-entropy without smoothing (float64 [H]) of heads on some rows.
 
-    weight: [H, C, D]; bias: [H, C]; rows: as `Features.take` wants them. Where a logit is NaN no answer is correct.
+    weight: [H, C, D]; bias: [H, C]; rows: as `Features.take` wants them; featuriser: stands before all of these heads.
+    Where a logit is NaN no answer is correct.
     """
     heads, classes, width = weight.shape
+    if featuriser is not None:
+        featuriser.eval()
     correct = torch.zeros(heads, dtype=torch.int64, device=weight.device)
     loss = torch.zeros(heads, dtype=torch.float64)
     for features, labels in data.batches(rows, arithmetic.rows(heads, classes, width)):
-        inputs, labels = arithmetic.inputs(features, normalize), labels.to(weight.device)
+        inputs, labels = arithmetic.inputs(features, normalize, featuriser), labels.to(weight.device)
         with arithmetic.context():
             logits = F.linear(inputs, weight.flatten(0, 1), bias.flatten())
         logits = logits.float().view(len(labels), heads, classes)

@@ -4,21 +4,26 @@ Features are computed once and kept (data/features.py); then one head for every 
 decay, normalisation, bias and label smoothing is trained in the same passes over them (train/heads.py), each exactly as
 it would be trained alone. The best on a held-out part of the training data is saved; no test set is touched.
 
-    accelerate launch train/probe.py                                       built-in demo, half a minute on two CPU cores
+    accelerate launch train/probe.py                                       built-in demo, after train/distill.py: the
+                                                                           newest student and the teacher, 30 s
     accelerate launch train/probe.py --encoder local-dir:runs/rn50/export \\
         --data '/data/imagenet/train/{000000..001281}.tar' --out runs/probe          one GPU
     accelerate launch --config_file train/launch/gpu_2x8_bf16.yaml --machine_rank N --main_process_ip HOST \\
         train/probe.py --config train/recipes/probe_distilled.yaml --encoder NAME --data URL --cache /shared/features
 
 `--single true` is the published protocol (Feature Contamination, ICML 2024): one head, all data, 10 epochs of AdamW.
-`--solver lbfgs` solves multinomial logistic regression to its optimum, for a grid of penalties.
+`--solver lbfgs` solves multinomial logistic regression to its optimum, for a grid of penalties. `--reference` probes a
+second encoder in the same way, such as the teacher of a student. Heads may start from a given one (`--init`, say of
+train/zero_shot.py), stand behind trained layers (`--mlp_layers`), or behind a random reversible transform of the
+features that is never trained (`--nonlinear_blocks`; models/featurisers.py).
 
 Cost: one encoder forward per image, once. ImageNet at 1024 features takes 2.6 GB of cache in fp16 and 5.2 TFLOP for a
 head and an epoch. The processes share the encoder's work by parts of the data, then the heads: a head needs no
 gradient from another process, so its numbers do not depend on how many there are.
 
 Writes into --out: config.yaml, env.json, metrics.jsonl (a row for each head and epoch), grid.csv, grid.png, grid.svg,
-head.safetensors (with class names), results.jsonl. A run that was stopped keeps the features it had; heads start anew.
+head.safetensors (with class names), results.jsonl; the same of --reference into OUT/reference. A run that was stopped
+keeps the features it had; heads start anew.
 """
 
 from __future__ import annotations
@@ -42,11 +47,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data import DataError
 from data.rows import append_row, commit
+from models import ModelError
 from train.common import ConfigError, RunFolder, option, run_script
 from train.launching import Agreement, StopSignals, start_accelerator
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from data.stream import Pass
     from train import probing
@@ -81,8 +88,11 @@ class Config:
         "", "training shards: folder, glob, brace list, `::` join, http(s) or fsspec URL; `demo` = built-in digits"
     )
     encoder: str = option(
-        "open_clip:RN50/openai", "frozen encoder, for example open_clip:RN50/openai, local-dir:PATH; `demo` = built-in"
+        "open_clip:RN50/openai",
+        "frozen encoder, for example open_clip:RN50/openai, local-dir:PATH; `demo` = the demo's teacher, "
+        "`demo_student` = the newest student that train/distill.py made of it in runs/",
     )
+    reference: str = option("", "second encoder, probed in the same way into OUT/reference; empty = none")
     solver: Literal["adamw", "lbfgs"] = option(
         "adamw", "adamw = --epochs of steps; lbfgs = logistic regression to the optimum"
     )
@@ -100,6 +110,12 @@ class Config:
     )
     bias: list[bool] = option([], "heads with a bias; empty = [true]")
     label_smoothing: list[float] = option([], "label smoothing, 0..1; empty = [0]")
+    init: str = option("", "head of this encoder that all heads start from, FILE; empty = torch.nn.Linear's, by seed")
+    mlp_layers: int = option(0, "layers trained with each head, before it; 0 = none: a linear head")
+    mlp_kind: Literal["basic", "residual", "reversible"] = option("basic", "what these layers are")
+    nonlinear_blocks: int = option(
+        0, "blocks of a random reversible transform of the features, drawn by seed, not trained; 0 = none"
+    )
     batch_size: int = option(256, "rows per step, seen by every head")
     epochs: int = option(10, "passes over the features")
     warmup_steps: int = option(500, "steps of linear warm-up, before a cosine to 0")
@@ -130,7 +146,7 @@ class Config:
         for name in ("batch_size", "epochs", "images", "max_logit_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "workers", "seed", "shots"):
+        for name in ("warmup_steps", "workers", "seed", "shots", "mlp_layers", "nonlinear_blocks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must not be negative, but is {getattr(self, name)}")
         for name in ("lr", "penalty"):  # without a penalty there may be no optimum
@@ -157,6 +173,12 @@ class Config:
         heads = math.prod(map(len, axes(self).values()))
         if self.single and (self.refit or heads > 1):
             raise ConfigError("--single is one head on all data: no --refit, and one value of each setting")
+        if self.solver == "lbfgs" and (self.init or self.mlp_layers):
+            raise ConfigError("--init and --mlp_layers have no meaning with --solver lbfgs: its optimum is one")
+        if self.init and (self.mlp_layers or self.nonlinear_blocks or self.reference):
+            raise ConfigError(
+                "--init fits the features of one encoder: no --reference, no --mlp_layers, no --nonlinear_blocks"
+            )
         if self.refit and self.shots:
             raise ConfigError("--refit would add the held-out images to the --shots; give one or the other")
         if not self.single and self.holdout == 0 and (self.refit or heads > 1):
@@ -184,17 +206,28 @@ def main(config: Config) -> dict[str, Any]:
         ConfigError, DataError, ModelError: anything a user can cause, in one line. StopRequested: after a stop signal.
     """
     with StopSignals() as signals, contextlib.ExitStack() as resources:
-        return probe(config, signals, resources)
+        accelerator = start_accelerator(None, Path(config.out))
+        agreement = Agreement(accelerator.process_index, accelerator.num_processes)
+        level = logging.INFO if agreement.rank == 0 else logging.WARNING
+        logging.basicConfig(level=level, format="%(message)s", force=True)
+        found = probe(dataclasses.replace(config, reference=""), accelerator, agreement, signals, resources)
+        if config.reference:
+            log.info("")
+            second = str(Path(config.out) / "reference")
+            other = dataclasses.replace(config, encoder=config.reference, reference="", out=second)
+            found["reference"] = probe(other, accelerator, agreement, signals, resources)
+        accelerator.end_training()
+        return found
 
 
-def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
-    # --- Launch -------------------------------------------------------------------------------------------------------
-    out = Path(config.out)
-    accelerator = start_accelerator(None, out)
-    rank, device = accelerator.process_index, accelerator.device
-    agreement = Agreement(rank, accelerator.num_processes)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
-
+def probe(
+    config: Config,
+    accelerator: Accelerator,
+    agreement: Agreement,
+    signals: StopSignals,
+    resources: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """Probes config.encoder; returns what is known of the best head, and the table of all."""
     import torch
     from accelerate.utils import gather_object
 
@@ -205,11 +238,13 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     from data.transforms import EvalTransform
     from kernels.dispatch import use_triton
     from models.encoders import load_encoder
-    from models.heads import save_head
+    from models.featurisers import joined
+    from models.heads import load_head, save_head
     from models.weights import state_sha256
     from train import probing
     from train.heads import Arithmetic, Point
 
+    out, rank, device = Path(config.out), agreement.rank, accelerator.device
     # Gradients of heads that are sure of themselves are denormal numbers, which slow a CPU's products down threefold
     # and more. Before the first product: threads take the setting over when they start.
     torch.set_flush_denormal(True)
@@ -227,7 +262,7 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         if config.data == "demo" and accelerator.is_local_main_process:
             demo.demo_shards("train")
     with agreement.together():
-        encoder = load_encoder(demo.DEMO_TEACHER if config.encoder == "demo" else config.encoder)
+        encoder = load_encoder(demo.demo_encoder(config.encoder))
         encoder.eval().requires_grad_(False)
         encoder_hash = state_sha256(encoder.state_dict())
         data = demo.demo_shards("train") if config.data == "demo" else config.data
@@ -295,13 +330,30 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
 
     # --- Heads --------------------------------------------------------------------------------------------------------
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    arithmetic = Arithmetic(device, precision, config.max_logit_bytes, config.kernel)
+    values = axes(config)
+    with agreement.together():
+        transform_of_features = None
+        if config.nonlinear_blocks:
+            transform_of_features = probing.draw_transform(rows, config.nonlinear_blocks, config.seed).to(device)
+        initial = None
+        if config.init:
+            start = load_head(config.init, rows.classes, features.width)
+            start.require_linear(config.init, "--init")
+            if start.metadata.get("encoder_sha256", encoder_hash) != encoder_hash:
+                raise ModelError(
+                    f"--init {config.init} is a head of {start.metadata.get('encoder')}, not of this encoder"
+                )
+            if config.normalize not in ([], [start.normalize]) or (start.bias.any() and False in values["bias"]):
+                kind = "normalised features" if start.normalize else "features as they are"
+                raise ConfigError(f"--init {config.init} takes {kind}; leave out --normalize and --bias")
+            values["normalize"], initial = [start.normalize], (start.weight, start.bias)
+    form = probing.Form(config.mlp_kind, config.mlp_layers, initial)
+    arithmetic = Arithmetic(device, precision, config.max_logit_bytes, config.kernel, transform_of_features)
     try:
         use_triton("multi_head_cross_entropy", config.kernel, torch.empty(0, device=device))
     except ValueError as error:
         raise ConfigError(f"--kernel {config.kernel}: {error}") from None
     schedule = probing.Schedule(config.batch_size, config.epochs, config.warmup_steps, config.clip, config.seed)
-    values = axes(config)
     points = [Point(**dict(zip(values, point, strict=True))) for point in itertools.product(*values.values())]
 
     def fit(points: list[Point], rows: probing.Rows, stage: str) -> list[probing.Fit]:
@@ -312,7 +364,7 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         shared = arithmetic, agreement, signals, record
         if config.solver == "lbfgs":
             return probing.fit_by_lbfgs(points, rows, *shared)
-        return probing.fit_by_adamw(points, rows, schedule, *shared)
+        return probing.fit_by_adamw(points, rows, schedule, form, *shared)
 
     fits = fit(points, rows, "grid")
     table = sorted(gather_object([each.summary for each in fits]), key=lambda row: row["head"])
@@ -324,7 +376,10 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         kept = fit([points[best]], rows, "refit")
     else:
         kept = [each for each in fits if each.number == best]
-    ((weight, bias),) = gather_object([(each.weight.cpu(), each.bias.cpu()) for each in kept])
+    ((weight, bias, layers),) = gather_object(
+        [(each.weight.cpu(), each.bias.cpu(), each.featuriser and each.featuriser.cpu()) for each in kept]
+    )
+    featuriser = joined(transform_of_features and transform_of_features.cpu(), layers)
 
     # --- End ----------------------------------------------------------------------------------------------------------
     torch.set_flush_denormal(False)  # numpy complains of it when the figure is drawn
@@ -347,8 +402,9 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         probing.draw_grid(points, table, curves, best, f"{table[best]['n']} {kind.partition(':')[0]}", out)
         stamped = {**facts, "commit": commit(), "date": datetime.date.today().isoformat()}
         head = out / "head.safetensors"
-        save_head(head, weight, bias, rows.classes, normalize=points[best].normalize, metadata=stamped)
-        head_hash = state_sha256({"weight": weight, "bias": bias})
+        normalize = points[best].normalize
+        save_head(head, weight, bias, rows.classes, normalize=normalize, featuriser=featuriser, metadata=stamped)
+        head_hash = state_sha256(load_head(head).state())
         if not any(row.get("head_sha256") == head_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
@@ -365,7 +421,6 @@ def probe(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
                 device=str(device),
             )
         log.info("written  %s: head.safetensors, grid.csv, grid.png", out)
-    accelerator.end_training()
     return {**facts, "best": best, "table": table}
 
 

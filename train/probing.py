@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,25 @@ from data.stream import Pass
 from data.transforms import unit_interval
 from models import ModelError
 from models.encoders import Encoder
+from models.featurisers import Featuriser, Kind, random_transform
 from train.common import Progress, StopRequested, cosine_lr, memory_mib, step_seed
-from train.heads import Arithmetic, HeadBlock, Point, cut_into_blocks, few_shots, held_out, score, solve
+from train.heads import (
+    Arithmetic,
+    FeaturisedHeads,
+    HeadBlock,
+    Initial,
+    Point,
+    cut_into_blocks,
+    few_shots,
+    held_out,
+    score,
+    solve,
+)
 from train.launching import Agreement, StopSignals
 
+# A block of heads takes some batches before the next block takes them: its weights and moments stay in a CPU's cache.
+_GROUP_BYTES, _GROUP_BATCHES = 2**24, 16
+_MEASURED = 2**15  # rows: 128 MiB of 1024 features
 log = logging.getLogger("shiftlens")
 
 
@@ -38,7 +53,7 @@ log = logging.getLogger("shiftlens")
 class Fit:
     """A trained head [C, D], its bias [C], correct answers among `n` rows, mean loss there, what else is known.
 
-    number: its place among the points that were fitted together.
+    number: its place among the points that were fitted together. featuriser: its own trained layers, if it has any.
     """
 
     number: int
@@ -48,6 +63,7 @@ class Fit:
     n: int
     loss: float
     details: dict[str, float]
+    featuriser: Featuriser | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -171,6 +187,15 @@ def choose_rows(features: Features, holdout: float, shots: int, seed: int) -> Ro
     return Rows(features, train.to(device), out.nonzero().flatten().to(device), names)
 
 
+def draw_transform(rows: Rows, blocks: int, seed: int) -> Featuriser:
+    """A random reversible transform, its batch norm measured on up to _MEASURED of the rows to train on, evenly spread.
+
+    Raises ModelError for an odd number of features.
+    """
+    chosen = rows.train[:: -(-len(rows.train) // _MEASURED)]
+    return random_transform(rows.data.width, blocks, seed, rows.data.take(chosen))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Heads
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,10 +212,20 @@ class Schedule:
     seed: int
 
 
+@dataclass(frozen=True)
+class Form:
+    """What every head is: layers of a kind of block before it (0 = a linear head), and where it starts from."""
+
+    mlp_kind: Kind = "basic"
+    mlp_layers: int = 0
+    initial: Initial | None = None
+
+
 def fit_by_adamw(
     points: Sequence[Point],
     rows: Rows,
     schedule: Schedule,
+    form: Form,
     arithmetic: Arithmetic,
     agreement: Agreement,
     signals: StopSignals,
@@ -202,11 +237,15 @@ def fit_by_adamw(
     epoch, drawn by seed, the last batch maybe smaller. `record` takes a dictionary for each head and epoch.
     """
     numbers = cut_into_blocks(points, arithmetic.device)[agreement.rank :: agreement.world]
-    size = len(rows.classes), rows.data.width
-    blocks = [
-        HeadBlock([points[n] for n in block], *size, seed=schedule.seed, clip=schedule.clip, arithmetic=arithmetic)
-        for block in numbers
-    ]
+
+    def make(points: list[Point]) -> HeadBlock | FeaturisedHeads:
+        size = len(rows.classes), rows.data.width
+        shared: dict[str, Any] = {"seed": schedule.seed, "clip": schedule.clip, "arithmetic": arithmetic}
+        if form.mlp_layers:
+            return FeaturisedHeads(points, *size, kind=form.mlp_kind, layers=form.mlp_layers, **shared)
+        return HeadBlock(points, *size, initial=form.initial, **shared)
+
+    blocks = [make([points[number] for number in block]) for block in numbers]
     steps_per_epoch = math.ceil(len(rows.train) / schedule.batch_size)
     total = schedule.epochs * steps_per_epoch
     log.info("heads    %d, %d steps of %d rows", len(points), total, min(schedule.batch_size, len(rows.train)))
@@ -216,6 +255,8 @@ def fit_by_adamw(
             schedule.warmup_steps,
             total,
         )
+    bytes_of_batch = schedule.batch_size * rows.data.width * rows.data.pieces[0].element_size()
+    at_a_time = max(1, min(_GROUP_BATCHES, _GROUP_BYTES // bytes_of_batch))
     fits: list[Fit] = []
     losses = [torch.full((len(block),), math.nan, device=arithmetic.device) for block in numbers]
     progress = Progress(0, total, schedule.batch_size, shown=agreement.rank == 0)
@@ -225,7 +266,8 @@ def fit_by_adamw(
             if last or len(rows.held_out):
                 fits = []
                 for block, heads, mean in zip(numbers, blocks, losses, strict=True):
-                    fits += _measured(block, heads.weight.detach(), heads.bias.detach(), rows, points, arithmetic)
+                    weight, bias = heads.weight.detach(), heads.bias.detach()
+                    fits += _measured(block, weight, bias, heads.featurisers, rows, points, arithmetic)
                     for fit, value in zip(fits[-len(block) :], mean.tolist(), strict=True):
                         fit.details["train_loss"] = value
                 _report(fits, epoch * steps_per_epoch, epoch, points, progress, arithmetic, record)
@@ -236,20 +278,30 @@ def fit_by_adamw(
             )
             losses = [torch.zeros_like(mean) for mean in losses]
             batches = rows.data.batches(rows.train[order.to(rows.train.device)], schedule.batch_size)
-            for step, (features, labels) in enumerate(batches, epoch * steps_per_epoch):
+            for group in _grouped(enumerate(batches, epoch * steps_per_epoch), at_a_time):
                 if signals.received:
                     break
-                labels = labels.to(arithmetic.device)
-                share = cosine_lr(step, 1.0, schedule.warmup_steps, total)
                 for heads, mean in zip(blocks, losses, strict=True):
-                    found = heads.step(features, labels, share)
-                    mean += found * (len(labels) / len(rows.train))
-                progress.step_done(step)
+                    for step, (features, labels) in group:
+                        share = cosine_lr(step, 1.0, schedule.warmup_steps, total)
+                        found = heads.step(features, labels.to(arithmetic.device), share)
+                        mean += found * (len(labels) / len(rows.train))
+                for step, _ in group:
+                    progress.step_done(step)
             if stop := agreement.settle(None, signals.received):
                 raise StopRequested(
                     stop, f"stopped by signal {stop} in epoch {epoch}: the features are kept, heads are not"
                 )
     return fits
+
+
+Numbered = tuple[int, tuple[Tensor, Tensor]]
+
+
+def _grouped(batches: Iterator[Numbered], size: int) -> Iterator[list[Numbered]]:
+    """`size` at a time, the last group maybe fewer."""
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
 def fit_by_lbfgs(
@@ -273,7 +325,7 @@ def fit_by_lbfgs(
                     points[number], rows.data, rows.train, len(rows.classes), arithmetic,
                     stopped=lambda: bool(signals.received),
                 )  # fmt: skip
-                new = _measured([number], found.weight[None], found.bias[None], rows, points, arithmetic)
+                new = _measured([number], found.weight[None], found.bias[None], [], rows, points, arithmetic)
                 new[0].details |= {"objective": found.objective, "gap": found.gap, "iterations": found.iterations}
                 progress.step_done(first // agreement.world)
                 if found.gap > 1e-4:
@@ -286,11 +338,26 @@ def fit_by_lbfgs(
 
 
 def _measured(
-    numbers: Sequence[int], weight: Tensor, bias: Tensor, rows: Rows, points: Sequence[Point], arithmetic: Arithmetic
+    numbers: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    featurisers: Sequence[Featuriser],
+    rows: Rows,
+    points: Sequence[Point],
+    arithmetic: Arithmetic,
 ) -> list[Fit]:
-    """Heads [H, C, D] of the points with these numbers, scored on the rows that are for it."""
-    normalize = points[numbers[0]].normalize
-    correct, loss = score(weight, bias, normalize, rows.data, rows.measured, arithmetic)
+    """Heads [H, C, D] of the points with these numbers, scored on the rows that are for it.
+
+    featurisers: one for each head, or none.
+    """
+    if featurisers:  # each head has inputs of its own
+        each = zip(numbers, weight.split(1), bias.split(1), featurisers, strict=True)
+        fits = []
+        for number, w, b, featuriser in each:
+            correct, loss = score(w, b, points[number].normalize, rows.data, rows.measured, arithmetic, featuriser)
+            fits.append(Fit(number, w[0], b[0], int(correct), len(rows.measured), loss.item(), {}, featuriser))
+        return fits
+    correct, loss = score(weight, bias, points[numbers[0]].normalize, rows.data, rows.measured, arithmetic)
     values = zip(numbers, weight, bias, correct.tolist(), loss.tolist(), strict=True)
     return [Fit(number, w, b, right, len(rows.measured), mean, {}) for number, w, b, right, mean in values]
 
