@@ -3,6 +3,8 @@
     python eval/throughput.py data --data shards/train                          about two minutes on two cores
     python eval/throughput.py data --data shards/train --enlarge 375 --workers 0,2,4,8 --figure loading.png
     python eval/throughput.py kernels --suite full --figure kernels.png         about seven minutes on one GPU
+    python eval/throughput.py probe --figure probe.png                          about a minute on one GPU
+    python eval/throughput.py probe --device cpu --heads 48 --precision fp32    ten minutes on one CPU core
 
 `data` compares decoding one image at a time (one thread, images per CPU second of one core):
     published   Pillow, then torchvision's RandomResizedCrop, flip, ToTensor and Normalize on the CPU, as the papers do
@@ -20,6 +22,11 @@ are medians over rounds with the 20th and 80th percentile. Every worker runs one
 floor computed from the device's measured rates and against its targets; kernels/bench.py says how. Ends with 1 if ours
 failed anywhere. With --device cpu it only rehearses, on small shapes.
 
+`probe` compares a grid of linear heads trained at once (train/heads.py) with the same heads trained one after the other
+from the same cached features, with torch.optim.AdamW as it is by default and fused, after checking that both give the
+same weights; by CPU time of one thread, or by wall time on a GPU. It also writes, opens and reads a cache of a tenth of
+ImageNet's size (--cache_samples).
+
 Each number becomes a row of --rows, with its provenance; the table and the figure are made from the same rows.
 """
 
@@ -36,10 +43,11 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import loading, operations
+from eval import loading, operations, sweep
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
+HeadCounts = restricted_string_type("HeadCounts", r"^[1-9][0-9]*(,[1-9][0-9]*)*$", "numbers such as 8,52")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -50,6 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands = parser.add_subcommands()
     commands.add_subcommand("data", _data())
     commands.add_subcommand("kernels", _kernels())
+    commands.add_subcommand("probe", _probe())
     return parser.parse_args(arguments)
 
 
@@ -91,12 +100,39 @@ def _kernels() -> Parser:
     return command
 
 
+def _probe() -> Parser:
+    default = sweep.Config()
+    command = Parser(description="A grid of linear heads against the same heads trained one after the other.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
+    command.add_argument("--heads", type=HeadCounts, default="8,52", help="sizes of the grid, a measurement each")
+    command.add_argument(
+        "--precision", type=Literal["both", "fp32", "bf16"], default="both", help="types of the products"
+    )
+    add("classes", PositiveInt, "classes of a head")
+    add("width", PositiveInt, "features of a sample")
+    add("batch_size", PositiveInt, "rows of a step")
+    add("steps", PositiveInt, "steps of a training")
+    add("rounds", PositiveInt, "runs of each competitor, in turns")
+    add("cache_samples", NonNegativeInt, "samples of the cache that is written and read (0: none)")
+    add("rows", str, "file that the results are appended to")
+    add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> object:
     """Runs one measurement."""
     parsed = parse(arguments)
     options = parsed[parsed.subcommand].as_dict()
     if parsed.subcommand == "kernels":
         return operations.main(operations.Config(**options))
+    if parsed.subcommand == "probe":
+        heads = tuple(dict.fromkeys(int(count) for count in options.pop("heads").split(",")))
+        precision = ("fp32", "bf16") if options["precision"] == "both" else (options["precision"],)
+        return sweep.main(sweep.Config(heads=heads, **{**options, "precision": precision}))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 

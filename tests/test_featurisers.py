@@ -38,6 +38,8 @@ def test_blocks_are_their_formulas() -> None:
 
     def hidden(layer: nn.Sequential, values: Tensor) -> Tensor:
         one, two = layer[0], layer[3]
+        assert isinstance(one, nn.Linear)
+        assert isinstance(two, nn.Linear)
         return norm(values @ one.weight.T).relu() @ two.weight.T + (0 if two.bias is None else two.bias)
 
     residual = ResidualBlock(6)

@@ -22,7 +22,7 @@ from data import DataError
 from data.pack import pack
 from data.tar import find_shards
 from data.transforms import TrainTransform, sample_random
-from eval import loading, operations, throughput
+from eval import loading, operations, sweep, throughput
 from eval.common import Spread, print_table, run_script, spread
 from kernels import bench
 from kernels.bench_cases import CASES, CPU_CASES, Target
@@ -333,3 +333,66 @@ def test_kernels_fail_if_ours_did(
     assert f"failed: ours in {CPU_CASES[5].name}: RuntimeError: broken" in printed.out
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {row["case"] for row in found if row["metric"] == "time, us"} == {CPU_CASES[6].name}
+
+
+PROBE = ["probe", "--device", "cpu", "--heads", "3,5", "--classes", "4", "--width", "6", "--batch_size", "8"]
+
+
+def test_probe_rows_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every figure of a small grid and a small cache; they are made from the rows."""
+    file, figure = tmp_path / "rows.jsonl", tmp_path / "probe.png"
+    sizes = ["--steps", "3", "--rounds", "2", "--cache_samples", "2500"]
+    throughput.main([*PROBE, *sizes, "--rows", str(file), "--figure", str(figure)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    times = [row for row in rows if row["metric"] == "time per head and step, ms"]
+    cases = {(row["heads"], row["precision"], row["competitor"]) for row in times}
+    assert cases == set(itertools.product((3, 5), ("fp32", "bf16"), sweep.COLOURS))
+    ratios = [row for row in rows if row["metric"] == "loop / ours"]
+    assert len(ratios) == 8
+    assert all(row["target"] == 1.0 and row["value"] > 0 for row in ratios)
+    cache = {row["metric"]: row["value"] for row in rows if row["heads"] is None}
+    assert 2500 * 6 * 2 / 1e6 < cache["cache, MB"] < 0.1  # features, and 16 bytes a sample of labels and numbers
+    assert cache["planned for ImageNet, MB"] == pytest.approx(1_281_167 * 6 * 2 / 1e6)
+    assert cache["planned for ImageNet, files"] == 64
+    assert all(row["commit"] and row["versions"]["torch"] for row in rows)
+    out = capsys.readouterr().out
+    assert "5 heads, bf16" in out
+    assert "cache of 2,500 samples" in out
+    with Image.open(figure) as image:
+        assert image.size[0] > 500
+
+
+def test_probe_does_not_time_other_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.heads import HeadBlock
+
+    step = HeadBlock.step
+    monkeypatch.setattr(
+        HeadBlock, "step", lambda self, features, labels, share: step(self, features, labels, 0.9 * share)
+    )
+    with pytest.raises(DataError, match="differ from those trained alone by .*: nothing was timed"):
+        throughput.main([*PROBE, "--rows", str(tmp_path / "rows.jsonl")])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--heads", "0"], "heads"),
+        (["--heads", "8;52"], "heads"),
+        (["--precision", "fp8"], "precision"),
+        (["--figure", "probe.txt"], "must end in .png"),
+        (["--steps", "1"], "--steps must be at least 2"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_wrong_probe_commands_are_one_line(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: throughput.main([*PROBE, *flags]))
+    assert end.value.code in (1, 2)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message

@@ -255,8 +255,7 @@ def fit_by_adamw(
             schedule.warmup_steps,
             total,
         )
-    bytes_of_batch = schedule.batch_size * rows.data.width * rows.data.pieces[0].element_size()
-    at_a_time = max(1, min(_GROUP_BATCHES, _GROUP_BYTES // bytes_of_batch))
+    at_a_time = batches_at_a_time(rows.data, schedule.batch_size)
     fits: list[Fit] = []
     losses = [torch.full((len(block),), math.nan, device=arithmetic.device) for block in numbers]
     progress = Progress(0, total, schedule.batch_size, shown=agreement.rank == 0)
@@ -278,7 +277,7 @@ def fit_by_adamw(
             )
             losses = [torch.zeros_like(mean) for mean in losses]
             batches = rows.data.batches(rows.train[order.to(rows.train.device)], schedule.batch_size)
-            for group in _grouped(enumerate(batches, epoch * steps_per_epoch), at_a_time):
+            for group in grouped(enumerate(batches, epoch * steps_per_epoch), at_a_time):
                 if signals.received:
                     break
                 for heads, mean in zip(blocks, losses, strict=True):
@@ -298,7 +297,12 @@ def fit_by_adamw(
 Numbered = tuple[int, tuple[Tensor, Tensor]]
 
 
-def _grouped(batches: Iterator[Numbered], size: int) -> Iterator[list[Numbered]]:
+def batches_at_a_time(data: Features, batch_size: int) -> int:
+    """How many batches a block of heads takes before the next one does: few megabytes of features, at least one."""
+    return max(1, min(_GROUP_BATCHES, _GROUP_BYTES // (batch_size * data.width * data.pieces[0].element_size())))
+
+
+def grouped(batches: Iterator[Numbered], size: int) -> Iterator[list[Numbered]]:
     """`size` at a time, the last group maybe fewer."""
     while group := list(itertools.islice(batches, size)):
         yield group
