@@ -28,6 +28,7 @@ data/testbed_top1.csv, from github.com/modestyachts/imagenet-testbed (robustness
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os.path
@@ -41,6 +42,7 @@ from data.demo import DEMO_SPLITS
 from data.demo_images import CLASSES
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from data.tar import ShardSet
@@ -305,12 +307,18 @@ def labels_of(classes: Tensor, shift_set: ShiftSet) -> Tensor:
     Of argmax over all logits: what to compare with the labels for the plain number. Of the labels of `part_of`: which
     of its samples are in the control, and under which label.
     """
+    return _label_of_logit(shift_set, classes.device)[classes]
+
+
+@functools.cache
+def _label_of_logit(shift_set: ShiftSet, device: torch.device) -> Tensor:
+    """The label of each logit, int64 [num_logits]; kept, because it takes longer to make than a batch to look up."""
     import torch
 
     label_of = torch.full((shift_set.num_logits,), -1)
     for label, accepted in enumerate(shift_set.accepts):
         label_of[list(accepted)] = label
-    return label_of.to(classes.device)[classes]
+    return label_of.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What models say to the images of a set, and the numbers that follow: what evaluations on shift sets share.
 
-Apart from eval/shifts.py because other evaluations score models on the same sets. Answers are kept one by one until the
-set is through, 50 bytes an image: a sum over them does not depend on which process computed which.
+Apart from eval/shifts.py because other evaluations score models on the same sets; eval/passes.py reads the sets for
+them. Answers are kept one by one until a set is through, 50 bytes an image: a sum over them does not depend on which
+process computed which.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from data.demo import DEMO_TEACHER
 from data.shifts import ShiftSet, Suite, check_labels, labels_of, project
 from data.stream import Batch
 from data.transforms import unit_interval
-from eval.robustness import Baseline, Estimate, Scored, Tally, estimate_robustness, wilson
+from eval.robustness import MEAN, Baseline, Estimate, Scored, Tally, estimate_robustness, wilson
 from models import ModelError
 from models.encoders import Encoder, load_encoder
 from models.heads import Head, load_head
@@ -39,7 +40,10 @@ Which = tuple[int, str]  # the place of a model, and the name of a protocol
 
 @dataclass(frozen=True)
 class Pair:
-    """An encoder and a head by name and file, and what the two are called."""
+    """An encoder and a head by name and file, and what the two are called.
+
+    Without an encoder ("") it is the one that the head's file names; without a name, the encoder's.
+    """
 
     name: str
     encoder: str
@@ -58,41 +62,62 @@ class Model:
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [N, C], float32, of features [N, D]. Raises ModelError where one is not finite."""
-        features = features.float()
-        if self.head.normalize:
-            features = features / torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-30)
-        logits = features @ self.head.weight.T + self.head.bias
+        logits = self.head.logits(features)
         if not torch.isfinite(logits).all():
             raise ModelError(f"{self.pair.name}: logits that are not finite; check the weights, or use bf16, not fp16")
         return logits
 
 
 def load_models(pairs: Sequence[Pair], suite: Suite, device: torch.device) -> list[Model]:
-    """Encoders (each once), for evaluation, and heads, on the device.
+    """Encoders (each once), for evaluation, and heads, on the device; pairs come back with encoder and name filled in.
 
-    Raises ModelError: what cannot be loaded, a head with other classes or of another encoder.
+    Raises ModelError: what cannot be loaded, a head with other classes, of another encoder, or of none that is known.
     """
     encoders: dict[str, tuple[Encoder, str]] = {}
     models = []
     for pair in pairs:
-        if pair.encoder not in encoders:
-            encoder = load_encoder(DEMO_TEACHER if pair.encoder == "demo" else pair.encoder)
+        head = load_head(pair.head)
+        named = pair.encoder or _encoder_of(head, pair.head)
+        if named not in encoders:
+            try:
+                encoder = load_encoder(DEMO_TEACHER if named == "demo" else named)
+            except ModelError as error:
+                where = "" if pair.encoder else f"the encoder that {pair.head} names, where none is given: "
+                raise ModelError(f"{where}{error}") from None
             encoder.eval().requires_grad_(False)
-            encoders[pair.encoder] = encoder, state_sha256(encoder.state_dict())
+            encoders[named] = encoder, state_sha256(encoder.state_dict())
             encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        encoder, encoder_hash = encoders[pair.encoder]
-        head = load_head(pair.head, suite.classes, encoder.feature_dim)
+        encoder, encoder_hash = encoders[named]
+        _refuse_numbered_classes(head, pair.head, suite)
+        head.check(pair.head, suite.classes, encoder.feature_dim)
         trained_on = str(head.metadata.get("encoder_sha256", encoder_hash))
         if trained_on != encoder_hash:
             raise ModelError(
                 f"{pair.head} was trained on features of {head.metadata.get('encoder')} with the weights "
-                f"{trained_on[:12]}..., those of {pair.encoder} are {encoder_hash[:12]}...; give that encoder, "
+                f"{trained_on[:12]}..., those of {named} are {encoder_hash[:12]}...; give that encoder, "
                 "or a head of this one (train/probe.py)"
             )
-        head_hash = state_sha256({"weight": head.weight, "bias": head.bias})
-        head = dataclasses.replace(head, weight=head.weight.to(device), bias=head.bias.to(device))
-        models.append(Model(pair, encoder, head, encoder_hash, head_hash))
+        head_hash = state_sha256(head.state())
+        pair = dataclasses.replace(pair, encoder=named, name=pair.name or named)
+        models.append(Model(pair, encoder, head.to(device), encoder_hash, head_hash))
     return models
+
+
+def _encoder_of(head: Head, path: str) -> str:
+    named = head.metadata.get("encoder")
+    if not isinstance(named, str) or not named:
+        raise ModelError(f"{path} does not say which encoder it was trained on: name the encoder too")
+    return named
+
+
+def _refuse_numbered_classes(head: Head, path: str, suite: Suite) -> None:
+    """Raises ModelError for a head of shards without class names: that their order is the suite's would be a guess."""
+    if head.classes == tuple(map(str, range(len(suite.classes)))) != suite.classes:
+        raise ModelError(
+            f"{path} has numbers for classes, as where training shards name none, so nothing shows that their order is "
+            f"the {suite.name} suite's: note `classes` and `num_classes` in the _info.json beside those shards, as "
+            "`data/shards.py pack` does, and train the head again"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,3 +305,35 @@ def mean_of_shifts(scores: Mapping[str, Score], suite: Suite) -> float | None:
     if not set(suite.shifts) <= set(scores):
         return None
     return sum(scores[name].correct / scores[name].n for name in suite.shifts) / len(suite.shifts)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the scores of one model give together.
+
+    robustness: effective robustness by shift, and MEAN; empty without a line. mean: official top-1 over the shifts, in
+    [0, 1], None unless all were scored. rows: the same as results.
+    """
+
+    robustness: dict[str, Estimate]
+    mean: float | None
+    rows: list[dict[str, Any]]
+
+
+def compare_sets(
+    scores: Mapping[str, Score], suite: Suite, published: Mapping[str, Baseline], complete: set[str], table: str
+) -> Comparison:
+    """Compares one model's scores with each other; arguments as of `compare`. table: where the lines come from."""
+    robustness = compare(scores, suite, published, complete)
+    rows: list[dict[str, Any]] = []
+    for name, estimate in robustness.items():
+        row = {"metric": "effective_robustness", "set": name, "value": estimate.value}
+        if name != MEAN:
+            row |= {"n": scores[name].n, "line": dataclasses.asdict(published[name].fit)}
+        row |= {"interval": [estimate.low, estimate.high], "in_distribution": suite.in_distribution, "table": table}
+        rows.append(row)
+    mean = mean_of_shifts(scores, suite)
+    if mean is not None:
+        of_set = {"set": MEAN, "over": [*suite.shifts], "partial": not {*suite.shifts} <= complete}
+        rows.append({"metric": "official_top1", "value": mean, **of_set})
+    return Comparison(robustness, mean, rows)

@@ -28,12 +28,12 @@ def export_student(
     *,
     card: Mapping[str, object],
     source: Encoder | None,
-    origin: Literal["distilled", "fine-tuned"] = "distilled",
+    origin: Literal["distilled", "fine-tuned", "interpolated"] = "distilled",
 ) -> list[str]:
     """Write `encoder` to `folder`: student.safetensors, README.md and, where possible, open_clip's two files.
 
     card: what README.md lists, in this order, for example teacher, data, losses, steps, hashes, commit. source: the
-    teacher, or what a fine-tuned encoder started from. origin: what README.md says of it.
+    teacher, or what a fine-tuned or interpolated encoder started from. origin: what README.md says of it.
 
     `load_encoder("local-dir:FOLDER")` reads the folder in either case. Each file is replaced as a whole; a
     configuration left by an earlier export is removed first, so the folder never joins old and new weights. Returns the
@@ -148,6 +148,11 @@ def _model_card(
             "original",
             "An image encoder trained further, together with a linear head, from another one, its original.",
             "the original's, trained further on",
+        ),
+        "interpolated": (
+            "original",
+            "The average of the weights of an image encoder, the original, and of what fine-tuning made of them.",
+            "averaged from the original's and those that fine-tuning made of them on",
         ),
     }[origin]
     rows = {

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ from eval.shifts import Config, main, read_pairs
 from models import ModelError
 from models.convert import main as convert
 from models.encoders import Encoder, load_encoder
-from models.heads import save_head
+from models.featurisers import Featuriser
+from models.heads import load_head, save_head
 from models.weights import read_weights
 from train.common import RECIPES, ConfigError, StopRequested, parse_config
 
@@ -385,6 +387,63 @@ def test_several_models_share_passes_and_features(
         assert {key: row["value"] for key, row in alone.items()} == {key: row["value"] for key, row in shared.items()}
 
 
+def test_a_head_names_its_encoder(settings: dict[str, Any], world: dict[str, Any], tmp_path: Path) -> None:
+    """Without --encoder and --name; a head that names none, or one that is gone, is one line."""
+    head = load_head(world["head"])
+    file = tmp_path / "named.safetensors"
+    alone = settings | {"encoder": "", "name": "", "head": str(file)}
+
+    def save(**metadata: Any) -> None:
+        save_head(file, head.weight, head.bias, head.classes, normalize=True, metadata=metadata)
+
+    save(encoder=settings["encoder"])
+    rows = main(Config(**alone))["rows"]
+    assert {(row["model"], row["encoder"], row["head"]) for row in rows} == {(settings["encoder"],) * 2 + (str(file),)}
+    other = main(Config(**settings | {"out": str(tmp_path / "other")}))["rows"]
+    assert [row["value"] for row in rows] == [row["value"] for row in other]
+    for metadata, message in (
+        ({}, "named.safetensors does not say which encoder it was trained on: name the encoder too$"),
+        ({"encoder": "local-dir:/gone"}, "^the encoder that .*named.safetensors names, where none is given: .*/gone"),
+        ({"encoder": settings["encoder"], "encoder_sha256": "0" * 64}, "trained on features of .*000000"),
+    ):
+        save(**metadata)
+        with pytest.raises(ModelError, match=message) as caught:
+            main(Config(**alone))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_head_behind_a_featuriser(normalize: bool, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Features go through its layers, then over their norm, then to the weights; other layers, another hash."""
+    torch.manual_seed(0)
+    encoder = load_encoder(settings["encoder"]).eval()
+    layers = Featuriser(encoder.feature_dim, transform_blocks=1, kind="residual", layers=2)
+    layers(torch.randn(64, encoder.feature_dim))  # running statistics of batch norm that are not the first ones
+    layers.eval()
+    with torch.no_grad():
+        features = layers(features_by_hand(encoder, pictures(COUNTS["imagenet"], 0), 0))
+    if normalize:
+        features = features / features.norm(dim=1, keepdim=True)
+    weight = 40 * torch.randn(1000, encoder.feature_dim)
+    bias = -features.mean(0) @ weight.T  # features of a random network are much alike
+    head, table = tmp_path / "head.safetensors", tmp_path / "predictions.csv"
+    save_head(head, weight, bias, IMAGENET.classes, normalize=normalize, featuriser=layers)
+    assert load_head(head, IMAGENET.classes, encoder.feature_dim).classes == IMAGENET.classes
+    rows = main(Config(**settings | {"head": str(head), "predictions": str(table)}))["rows"]
+    with open(table, newline="") as file:
+        predicted = [int(row["predicted"]) for row in csv.DictReader(file) if row["set"] == "imagenet"]
+    assert predicted == (features @ weight.T + bias).argmax(dim=1).tolist()
+    assert len({*predicted}) > 5
+    layers.mlp[0].norm.running_mean.add_(1)  # type: ignore[union-attr, operator]
+    save_head(head, weight, bias, IMAGENET.classes, normalize=normalize, featuriser=layers)
+    others = main(Config(**settings | {"head": str(head), "out": str(tmp_path / "others")}))["rows"]
+    assert rows[0]["head_sha256"] != others[0]["head_sha256"]
+    with pytest.raises(ModelError, match="takes 24 features, the encoder gives 25"):
+        load_head(head, IMAGENET.classes, encoder.feature_dim + 1)
+    with pytest.raises(ModelError, match=r"has layers between features and weights .* x.py takes linear heads only"):
+        load_head(head).require_linear(head, "x.py")
+
+
 def test_rows_are_written_once(settings: dict[str, Any]) -> None:
     """The same run again adds nothing, another model's results stand beside the first."""
     main(Config(**settings))
@@ -435,6 +494,7 @@ def test_heads_that_do_not_belong_are_refused(settings: dict[str, Any], tmp_path
     for width, names, metadata, message in (
         (24, classes, {}, "the same classes in another order than the data: row 3 is 'n01494475', label 3 is"),
         (24, [f"class {k}" for k in range(1000)], {}, "other classes than the data: row 0 is 'class 0'"),
+        (24, [str(k) for k in range(1000)], {}, "numbers for classes, .* the imagenet suite's: note `classes` and "),
         (25, IMAGENET.classes, {}, "takes 25 features, the encoder gives 24"),
         (24, IMAGENET.classes, {"encoder": "E", "encoder_sha256": "0" * 64}, "trained on features of E with .*000000"),
     ):
@@ -523,7 +583,8 @@ def test_a_signal_ends_the_run_between_batches(settings: dict[str, Any], monkeyp
         ({"images": 0}, "--images 0 must be at least 1"),
         ({"sets": {"imagenet_c": "x"}}, "--sets names imagenet_c; the sets are imagenet, imagenet_v2, "),
         ({"partial": ["imagenet_on_r_classes"]}, "--partial names imagenet_on_r_classes"),
-        ({"head": ""}, "give --encoder and --head, or --models"),
+        ({"head": ""}, "--head is missing; or give --models"),
+        ({"suite": "demo", "partial": [], "head": "", "encoder": ""}, "--head is missing"),  # but a name is there
         ({"models": "m.yaml"}, "--models takes the place of"),
         ({"models": "/absent.yaml", "encoder": "", "head": "", "name": ""}, "--models /absent.yaml: cannot be read"),
         ({"predictions": "/proc/x.csv"}, "--predictions /proc/x.csv: cannot be written"),
@@ -537,9 +598,11 @@ def test_settings_that_cannot_work(change: dict[str, Any], message: str, setting
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "expected a list of {name, encoder, head}"),
+        ("[]", "expected a list of {name, head, encoder}"),
         ("{a: b}", "expected a list of"),
-        ("[{name: a, encoder: b}]", "an entry has name, encoder and head"),
+        ("[{name: a, encoder: b}]", "an entry has name, head and, if needed, encoder"),
+        ("[{name: a, head: b, encoder: ''}]", "an entry has name, head and, if needed, encoder"),
+        ("[{name: a, head: b, size: c}]", "an entry has name, head and, if needed, encoder"),
         ("[{name: a, encoder: b, head: c}, {name: a, encoder: d, head: e}]", "names being distinct"),
         ("[", "cannot be read"),
     ],
@@ -596,48 +659,59 @@ def demo_head(tmp_path_factory: pytest.TempPathFactory) -> str:
     y = torch.nn.functional.one_hot(torch.cat(labels), 10).double()
     centred = x - x.mean(0)
     weight = torch.linalg.solve(centred.T @ centred + 1e-3 * len(x) * torch.eye(x.shape[1]), centred.T @ y)
-    save_head(file, weight.T, y.mean(0) - x.mean(0) @ weight, DEMO.classes)
+    bias = y.mean(0) - x.mean(0) @ weight
+    save_head(file, weight.T, bias, DEMO.classes, metadata={"encoder": encoder.name})
     return str(file)
 
 
 def test_demo_from_end_to_end(
     demo_head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bare command but for the head; the demo teacher is good everywhere, ObjectNet's turned digits being hardest."""
-    arguments = ["--head", demo_head, "--out", str(tmp_path / "run"), "--name", "teacher"]
-    config = parse_config(Config, arguments, "", "shifts_demo.yaml")
-    assert (config.suite, config.data) == ("demo", "demo")
+    """A bare command where the demo's probe has been; its teacher is good everywhere, on ObjectNet's digits least."""
+    bare = parse_config(Config, [], "", "shifts_demo.yaml")
+    assert (bare.suite, bare.data) == ("demo", "demo")
+    probe = Path(yaml.safe_load((RECIPES / "probe_demo.yaml").read_text())["out"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^no .* here yet: run .*train/distill.py`, then .*train/probe.py`, or"):
+        main(bare)
+    (probe / "reference").mkdir(parents=True)
+    shutil.copy(demo_head, probe / "reference")
+    teacher = Pair("teacher", "", f"{probe}/reference/head.safetensors")
+    assert read_pairs(bare) == [teacher]
+    weight = torch.randn(10, load_encoder(DEMO_TEACHER).feature_dim, generator=torch.Generator().manual_seed(0))
+    save_head(probe / "head.safetensors", weight, None, DEMO.classes, metadata={"encoder": "demo"})
+    assert read_pairs(bare) == [Pair("student", "", f"{probe}/head.safetensors"), teacher]
     start = time.perf_counter()
-    assert main(config)["missing"] == []
-    assert time.perf_counter() - start < 30
-    found = values(results(config.out), "teacher")
+    assert main(bare)["missing"] == []
+    assert time.perf_counter() - start < 60
+    found = values(results(bare.out), "teacher")
     assert found["val", "official_top1"]["value"] > 0.97
     assert all(found[name, "official_top1"]["value"] > 0.75 for name in DEMO.shifts)
     assert found["mean", "official_top1"]["value"] > 0.88
     assert found["r", "plain_top1"]["correct"] <= found["r", "official_top1"]["correct"]
     assert found["objectnet", "official_top1"]["n"] == 1197, "images of no class are not in the shards"
     assert not [row for row in found if row[1] == "effective_robustness"]
+    assert values(results(bare.out), "student")["val", "official_top1"]["value"] < 0.5, "a head drawn at random"
     shown = capsys.readouterr().out
-    assert "mean of 5 shifts" in shown
-    (tmp_path / "models.yaml").write_text("[{name: a, encoder: demo, head: b.safetensors}]")
-    several = parse_config(Config, ["--models", str(tmp_path / "models.yaml")], "", "shifts_demo.yaml")
-    assert read_pairs(several) == [Pair("a", "demo", "b.safetensors")]
-    bare = parse_config(Config, [], "", "shifts_demo.yaml")
-    probe = yaml.safe_load((RECIPES / "probe_demo.yaml").read_text())["out"]
+    assert shown.index("student") < shown.index("teacher")
+    assert shown.count("mean of 5 shifts") == 2
     assert "robustness" not in shown
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="run train/probe.py"):
-        read_pairs(bare)
-    Path(probe).mkdir(parents=True)
-    Path(probe, "head.safetensors").touch()
-    assert read_pairs(bare) == [Pair("demo", "demo", f"{probe}/head.safetensors")]
+    assert [bare.out, str(bare.predictions_file)] == ["runs/demo_shifts", "runs/demo_shifts/predictions.csv"]
+    elsewhere = parse_config(Config, ["--out", "runs/other"], "", "shifts_demo.yaml")
+    assert str(elsewhere.predictions_file) == "runs/other/predictions.csv", "no run replaces another's"
+    with open("runs/demo_shifts/predictions.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == 2 * sum(found[name, "loss"]["n"] for name in (DEMO.in_distribution, *DEMO.shifts))
+    (tmp_path / "models.yaml").write_text("[{name: a, encoder: demo, head: b.safetensors}, {name: c, head: d}]")
+    several = parse_config(Config, ["--models", str(tmp_path / "models.yaml")], "", "shifts_demo.yaml")
+    assert read_pairs(several) == [Pair("a", "demo", "b.safetensors"), Pair("c", "", "d")]
 
 
 def test_a_table_of_other_models_gives_the_demo_a_line(demo_head: str, tmp_path: Path) -> None:
     names = ["val", *DEMO.shifts]
     lines = [f"m{k},standard," + ",".join(str(90 + k - 3 * i) for i in range(len(names))) for k in range(4)]
     (tmp_path / "table.csv").write_text("\n".join([",".join(["model", "type", *names]), *lines]))
-    arguments = ["--head", demo_head, "--out", str(tmp_path / "run")]
+    arguments = ["--head", demo_head, "--out", str(tmp_path / "run"), "--encoder", "demo", "--predictions", ""]
     main(parse_config(Config, [*arguments, "--table", str(tmp_path / "table.csv")], "", "shifts_demo.yaml"))
     row = values(results(tmp_path / "run"), "demo")["sketch", "effective_robustness"]
     assert row["table"] == str(tmp_path / "table.csv")

@@ -309,7 +309,8 @@ def score(
 class Solution:
     """An optimum: weight [C, D] and bias [C] float32, the objective, iterations, and how far it can be from the best.
 
-    gap: upper bound on objective minus optimum, (norm of the gradient)² / (2 · penalty), by strong convexity.
+    gap: (norm of the gradient)² / (2 · penalty), an upper bound on objective minus optimum by strong convexity; with a
+    bias, which is not penalised, an estimate.
     """
 
     weight: Tensor
