@@ -121,26 +121,3 @@ def _projector(student: Tensor, teacher: Tensor) -> nn.Module:
     if student.shape[-1] == teacher.shape[-1]:
         return nn.Identity()
     return nn.Linear(student.shape[-1], teacher.shape[-1])
-
-
-class BatchStatistics:
-    """Undoes what a bad step did to batch-norm running statistics, which the forward pass changes before anybody knows.
-
-    Works on the device, without a host synchronisation: one concatenation before, a selection and a copy after.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = [
-            buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))
-        ]
-
-    def snapshot(self) -> None:
-        if self._buffers:
-            self._before = torch.cat([buffer.flatten() for buffer in self._buffers])
-
-    def restore_where(self, bad: Tensor) -> None:
-        """`bad`: scalar, nonzero where the step since `snapshot` must leave no trace."""
-        if self._buffers:
-            now = torch.cat([buffer.flatten() for buffer in self._buffers])
-            kept = torch.where(bad > 0, self._before, now).split([buffer.numel() for buffer in self._buffers])
-            torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(kept, self._buffers, strict=True)])

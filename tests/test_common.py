@@ -124,7 +124,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    source = (ROOT / "train" / "distill.py").read_text() + (ROOT / "train" / "common.py").read_text()
+    source = "".join((ROOT / "train" / name).read_text() for name in ("distill.py", "loop.py", "common.py"))
     for field in dataclasses.fields(Config):
         assert re.search(rf"(config|self)\.{field.name}\b", source), f"--{field.name} is never read"
     assert len(dataclasses.fields(Config)) <= 35
@@ -301,3 +301,44 @@ def test_ranks_that_see_other_files_end_together(tmp_path: Path) -> None:
     ]
     said = [process.communicate(timeout=120)[0].strip() for process in ranks]
     assert said == ["PeerError", "DataError shards here are not those of rank 0; give all machines the same files"]
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "patience", "expected"),
+    [
+        ("os._exit(1)", 600, r"another process ended without a word \(.*\); look for its last lines"),
+        ("os.kill(os.getpid(), 9)", 600, r"another process ended without a word \(.*\)"),
+        ("time.sleep(8)", 2, r"another process gave no sign of life in time \(Timed out waiting 2000ms .*\)"),
+        ("time.sleep(3)", 600, "all here"),
+    ],
+)
+def test_a_lost_rank_is_noticed_and_a_slow_one_waited_for(
+    rank_1: str, patience: int, expected: str, tmp_path: Path
+) -> None:
+    """A process that dies is noticed at once, whatever the patience; one that works on, only when it runs out."""
+    code = (
+        "import datetime, os, sys, time, torch.distributed as dist\n"
+        "from train.launching import Agreement, PeerError\n"
+        "rank = int(sys.argv[1])\n"
+        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
+        f"agreement = Agreement(rank, 2, datetime.timedelta(seconds={patience}))\n"
+        "agreement.settle(None)\n"
+        "start = time.monotonic()\n"
+        "if rank == 1:\n"
+        f"    {rank_1}\n"
+        "try:\n"
+        "    agreement.settle(None)\n"
+        "    print(0, 'all here', flush=True)\n"
+        "except PeerError as error:\n"
+        "    print(round(time.monotonic() - start, 1), error, flush=True)\n"
+        "os._exit(0)\n"  # the store file's owner need not wait for the other process
+    )
+    command = [sys.executable, "-c", code]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120)[0].strip() for process in ranks]
+    seconds, _, line = said[0].partition(" ")
+    assert re.fullmatch(expected + ".*", line), said
+    assert float(seconds) < 7

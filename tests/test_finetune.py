@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from data.transforms import TrainTransform, unit_interval
 from eval.scoring import Pair, load_models
 from models import ModelError
 from models.encoders import Encoder, load_encoder
+from models.featurisers import Featuriser
 from models.heads import Head, load_head, save_head
 from models.weights import state_sha256
 from tests.test_distill import flags, rows, small_weights, weights_after
@@ -158,8 +160,10 @@ def test_run_learns_and_its_pair_is_the_trained_module(
     encoder = load_encoder(f"local-dir:{out / 'export'}").eval()
     head = load_head(out / "head.safetensors", NAMES, encoder.feature_dim)
     assert head.normalize
-    (row,) = (json.loads(line) for line in (out / "results.jsonl").read_text().splitlines())
-    assert (row["metric"], row["value"], row["accuracy"]) == ("finetune_loss", result["loss"], result["accuracy"])
+    (row,) = results(out)
+    assert row["metric"] == "finetune_last_epoch_loss"
+    for name, key in (("value", "loss"), ("accuracy", "accuracy"), ("n", "n")):
+        assert row[name] == result[f"last_epoch_{key}"]
     assert row["start"]["encoder_sha256"] == head.metadata["start"]["encoder_sha256"] == before
     assert row["weights_sha256"] == head.metadata["encoder_sha256"] == state_sha256(encoder.state_dict()) != before
     assert {"commit", "versions", "date", "config", "seed", "data_fingerprint", "data_reports"} <= row.keys()
@@ -181,6 +185,59 @@ def test_run_learns_and_its_pair_is_the_trained_module(
     assert torch.equal(module.get_parameter("bias"), head.bias)
     assert values["loss"].item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert values["accuracy"].item() == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def results(out: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(out) / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("steps", [16, 19, 5])
+def test_the_result_is_the_mean_over_the_last_epoch(steps: int, settings: dict[str, Any]) -> None:
+    """An epoch is 8 steps of 16 images; --steps may end the last one early. Rows hold means of single batches."""
+    result = main(Config(**{**settings, "steps": steps}))
+    last = rows(settings["out"])[(steps - 1) // 8 * 8 :]
+    assert len(last) == (steps - 1) % 8 + 1
+    assert result["last_epoch_n"] == 16 * len(last)
+    for name in ("loss", "accuracy"):
+        assert result[f"last_epoch_{name}"] == pytest.approx(sum(row[name] for row in last) / len(last), rel=1e-6)
+    assert result["last_epoch_loss"] != result["loss"] == last[-1]["loss"]
+    right = result["last_epoch_accuracy"] * result["last_epoch_n"]
+    assert right == pytest.approx(round(right), abs=1e-3), "a count of images"
+
+
+def test_images_that_trained_nothing_are_not_in_the_result(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that lost rows counts those it has, a skipped step none at all."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(settings["data"], damaged)
+    shard = bytearray((damaged / "000000.tar").read_bytes())
+    first_image = shard.index(b"\x89PNG")
+    shard[first_image : first_image + 8] = b"no image"
+    (damaged / "000000.tar").write_bytes(shard)
+    settings |= {"data": str(damaged), "max_bad_fraction": 0.5, "log_every": 1}
+    assert main(Config(**settings))["last_epoch_n"] == 8 * 16 - 1
+
+    original, calls = Encoder.forward, [0]
+
+    def overflow(self: Encoder, images: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return original(self, images) * float("inf") if calls[0] in skipped else original(self, images)
+
+    monkeypatch.setattr(Encoder, "forward", overflow)
+    skipped = {3}
+    settings |= {"out": str(tmp_path / "skipped")}
+    result = main(Config(**settings))
+    kept = [row for row in rows(settings["out"]) if row["loss"] is not None]
+    assert (len(kept), result["skipped_steps"]) == (7, 1)
+    assert result["last_epoch_n"] in (7 * 16, 7 * 16 - 1)
+    assert result["last_epoch_loss"] == pytest.approx(sum(row["loss"] for row in kept) / 7, rel=0.02)
+
+    skipped, calls[0] = set(range(100)), 0
+    settings |= {"out": str(tmp_path / "nothing")}
+    result = main(Config(**settings))
+    assert (result["skipped_steps"], result["last_epoch_n"]) == (8, 0)
+    assert not (tmp_path / "nothing" / "results.jsonl").exists(), "no image, no result"
 
 
 def test_evaluation_takes_the_pair_and_no_mixture_of_old_and_new(settings: dict[str, Any], tiny_vit: str) -> None:
@@ -279,7 +336,10 @@ def test_resume_is_bit_for_bit(
         with pytest.raises(StopRequested, match="saved at step 5 of 8") as stopped:
             main(Config(**halves))
     assert stopped.value.code == 143
-    assert main(Config(**halves))["loss"] == whole["loss"]
+    resumed = main(Config(**halves))
+    for name in ("loss", "last_epoch_loss", "last_epoch_accuracy", "last_epoch_n"):
+        assert resumed[name] == whole[name], name  # the last epoch is the steps 4 to 7, the stop after 4
+    assert whole["last_epoch_n"] == 4 * 32
     first, second = weights_after(settings["out"]), weights_after(halves["out"])
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -287,7 +347,8 @@ def test_resume_is_bit_for_bit(
     pairs = [Path(out, "head.safetensors") for out in (settings["out"], halves["out"])]
     assert torch.equal(load_head(pairs[0]).weight, load_head(pairs[1]).weight)
 
-    main(Config(**settings))  # all is done: the same files again, no second result
+    again = main(Config(**settings))  # all is done: the same files again, no second result
+    assert again["last_epoch_loss"] == whole["last_epoch_loss"]
     assert strip(settings["out"]) == strip(halves["out"])
     assert len(Path(settings["out"], "results.jsonl").read_text().splitlines()) == 1
 
@@ -307,6 +368,10 @@ def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> No
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
         assert a["accuracy"] == pytest.approx(b["accuracy"]), a["step"]
+    (first_result,), (second_result,) = results(one["out"]), results(two["out"])
+    assert first_result["n"] == second_result["n"] == 6 * 16
+    assert first_result["value"] == pytest.approx(second_result["value"], rel=1e-5)
+    assert first_result["accuracy"] == pytest.approx(second_result["accuracy"])
 
 
 def test_a_non_finite_step_is_skipped_and_leaves_no_trace(
@@ -358,6 +423,14 @@ def test_a_head_that_does_not_fit_is_one_line(
 ) -> None:
     settings["head"] = make_head(tmp_path / "other.safetensors", **head)
     with pytest.raises(ModelError, match=expected) as caught:
+        main(Config(**settings))
+    assert one_line(caught)
+
+
+def test_a_head_with_layers_of_its_own_is_refused(settings: dict[str, Any]) -> None:
+    """Trained as a linear head, it would lose them in silence."""
+    save_head(Path(settings["head"]), torch.zeros(5, 24), None, NAMES, featuriser=Featuriser(24, layers=1))
+    with pytest.raises(ModelError, match=r"head.safetensors has layers .*; train/finetune.py takes linear") as caught:
         main(Config(**settings))
     assert one_line(caught)
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: command line, launch guards, run folder, stop signals, learning rate, progress."""
+"""What the training scripts share and need before torch: command line, errors, run folder, learning rate, progress."""
 
 from __future__ import annotations
 
@@ -59,6 +59,29 @@ def option(default: Any, help: str) -> Any:
     """A field of a script's Config: its default and the words that --help shows (unit, meaning of special values)."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**make, metadata={"help": help})
+
+
+def check_numbers(
+    config: Any,
+    *,
+    at_least_1: Sequence[str] = (),
+    not_negative: Sequence[str] = (),
+    finite: Sequence[str] = (),
+    shares: Sequence[str] = (),
+) -> None:
+    """Raises ConfigError for the first of the named settings outside its range; finite: at least 0; shares: 0..1."""
+    for name in at_least_1:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for name in not_negative:
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name} must not be negative, but is {getattr(config, name)}")
+    for name in finite:
+        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
+            raise ConfigError(f"--{name} must be a finite number of at least 0, not {getattr(config, name)}")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
 
 
 def parse_config(cls: type[ConfigType], argv: list[str], description: str, recipe: str) -> ConfigType:
@@ -142,7 +165,7 @@ def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], descrip
     Exit codes: 0 done; 1 data, model, checkpoint or disk error; 2 wrong setting or launch; 130 or 143 stopped by Ctrl-C
     or SIGTERM, after saving where there was something to save.
     """
-    from train.launching import PeerError
+    from train.launching import PeerError, explain_lost_peer
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     code, line = 0, ""
@@ -155,17 +178,20 @@ def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], descrip
         code, line = 1, f"error: {error}"
     except OSError as error:  # a full or vanished disk; anything else that the system refuses
         code, line = 1, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    except PeerError:
-        code = 1
+    except PeerError as error:
+        code, line = 1, f"error: {error}" if str(error) else ""  # empty: the rank that failed says why
     except StopRequested as stop:
         code, line = stop.code, str(stop) if rank == 0 else ""
     except KeyboardInterrupt:
         code, line = 130, "stopped before the run began" if rank == 0 else ""
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here, so that --help stays fast
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here, so that --help stays fast
+            reason = str(error).splitlines()[0]
+            code, line = 1, f"error: {reason} Use a smaller --batch_size, more --accumulate pieces, or bf16."
+        elif explanation := explain_lost_peer(error):  # in the middle of a step
+            code, line = 1, f"error: {explanation}"
+        else:
             raise
-        reason = str(error).splitlines()[0]
-        code, line = 1, f"error: {reason} Use a smaller --batch_size, more --accumulate pieces, or bf16."
     if line:
         print(f"[rank {rank}] {line}" if world > 1 and code in (1, 2) else line, file=sys.stderr, flush=True)
     _leave_process_group()
@@ -220,6 +246,19 @@ class RunFolder:
 
     def close(self) -> None:
         self._lock.release()
+
+    def begin(self, config: Any, accelerator: Accelerator, first: int, origin: Path | None) -> None:
+        """Before a run's next step, `first`: notes this start, and sets aside what an abandoned future has left.
+
+        origin: the checkpoint that is continued, None for a new run.
+        """
+        from models.checkpoints import set_aside_after
+
+        self.write_config(config)
+        self.write_environment(accelerator)
+        for path in set_aside_after(self.path / "checkpoints", first, origin):
+            log.warning("checkpoint set aside: %s", path)
+        self.forget_after(first)
 
     def write_config(self, config: Any) -> None:
         import yaml

@@ -28,36 +28,28 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data import DataError
-from data.rows import append_row, commit, versions
+from data.rows import append_row, commit
 from models import ModelError
 from train.common import (
     ConfigError,
     Progress,
-    RunFolder,
-    StopRequested,
-    checkpoint_to_continue,
+    check_numbers,
     cosine_lr,
     draw_loss,
-    memory_mib,
     option,
     run_script,
     step_seed,
 )
-from train.launching import Agreement, StopSignals, start_accelerator, start_tracker
+from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator, start_tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.checkpoints import Checkpoint
-
-# A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
-MAX_NONFINITE_STEPS = 25
 Tracker = Literal[
     "none", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
 ]
@@ -117,19 +109,15 @@ class Config:
     tracker: Tracker = option("none", "experiment tracker, through accelerate; metrics.jsonl is written in any case")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps", "warmup_steps", "restart_every", "workers", "seed", "epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "feature_weight", "hidden_weight", "gram_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ConfigError(f"--{name} must be a finite number of at least 0, not {getattr(self, name)}")
+        check_numbers(
+            self,
+            at_least_1=("batch_size", "accumulate", "log_every", "save_every", "keep"),
+            not_negative=("steps", "warmup_steps", "restart_every", "workers", "seed", "epochs"),
+            finite=("lr", "weight_decay", "feature_weight", "hidden_weight", "gram_weight"),
+            shares=("max_bad_fraction",),
+        )
         if not self.clip > 0:
             raise ConfigError(f"--clip must be above 0, not {self.clip}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"--max_bad_fraction must lie in [0, 1], not {self.max_bad_fraction}")
         if self.steps == 0 and self.epochs == 0:
             raise ConfigError("give --epochs or --steps")
         if not self.feature_weight + self.hidden_weight + self.gram_weight > 0:
@@ -170,7 +158,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     out = Path(config.out)
     accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
+    agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
     log = logging.getLogger("shiftlens")
     if config.batch_size % (world * config.accumulate):
@@ -182,25 +170,18 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     from accelerate.utils import gather_object
 
     from data import demo
-    from data.stream import open_stream
     from data.transforms import TrainTransform, unit_interval
     from kernels.dispatch import use_triton
-    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint, set_aside_after
-    from models.distiller import BatchStatistics, Distiller
+    from models.distiller import Distiller
     from models.encoders import load_encoder
     from models.export import export_student
     from models.initialise import copy_attention, freeze_norm_stats, reset_parameters
     from models.weights import load_into, state_sha256, write_safetensors
+    from train import loop
 
     # --- Run folder and checkpoint ------------------------------------------------------------------------------------
     # Only rank 0 touches the folder: the others need not see its disk, and all continue from the same step.
-    folder: RunFolder | None = None
-    checkpoint: Checkpoint | None = None
-    with agreement.together():
-        if rank == 0:
-            folder = RunFolder(out, fresh=config.resume == "none")
-            resources.callback(folder.close)
-            checkpoint = checkpoint_to_continue(config, out, FIXED)
+    folder, checkpoint = loop.open_run(config, FIXED, agreement, resources)
     first, state = agreement.share((checkpoint.step, checkpoint.state) if checkpoint else (0, None))
     origin = checkpoint.path if checkpoint else None
 
@@ -238,127 +219,57 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             load_into(distiller, checkpoint.tensors["model"], checkpoint.path)
     teacher = teacher.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     distiller = distiller.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    names = [name for name, parameter in distiller.named_parameters() if parameter.requires_grad]
-    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    parameters = list(loop.trained_parameters(distiller).values())
     size = sum(map(torch.numel, parameters)) / 1e6
     log.info("teacher  %s: %d features, %d px", teacher.name, teacher.feature_dim, teacher.image_size)
     log.info("student  %s: %d features, %.2f M parameters", student.name, student.feature_dim, size)
 
     # --- Optimiser ----------------------------------------------------------------------------------------------------
-    # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
+    # Fused: one kernel, and the only form that can skip a non-finite step on the device.
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if state is not None:
-        with agreement.together():
-            # Other ranks only need the right shapes: rank 0's values are sent to them.
-            template = {
-                f"{n}/{k}": p.cpu() for n, p in zip(names, parameters, strict=True) for k in ("exp_avg", "exp_avg_sq")
-            }
-            template |= {f"{n}/step": torch.tensor(0.0) for n in names}
-            load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"] if checkpoint else template)
-        agreement.broadcast([*distiller.state_dict().values(), *optimizer_tensors(optimizer, names).values()])
+        loop.restore_on_all_ranks(distiller, optimizer, checkpoint, agreement)
     checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
-    statistics = BatchStatistics(student)
     if config.compile:
         teacher.compile()
         distiller.compile()
     # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
     model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
-    if accelerator.scaler is not None and state and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    guarded = loop.GuardedStep(accelerator, distiller, prepared_optimizer, config.clip, state)
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     with agreement.together():  # one process of each machine builds the demo, the others then find it
         if config.data == "demo" and accelerator.is_local_main_process:
             demo.demo_shards("train")
-    cursor = state["data"] if state else {}
-    epoch, start_step = divmod(first, cursor["steps_per_epoch"]) if cursor else (0, 0)
     with agreement.together():
-        stream = resources.enter_context(
-            open_stream(
-                demo.demo_shards("train") if config.data == "demo" else config.data,
-                global_batch=config.batch_size,
-                rank=rank,
-                world=world,
-                workers=config.workers,
-                streams=cursor.get("streams", max(64, world)),
-                seed=config.seed,
-                epoch=epoch,
-                start_step=start_step,
-                epochs=None,
-                transform=TrainTransform(teacher.image_size, decoder=config.decoder),
-                strict=config.strict,
-                max_bad_fraction=config.max_bad_fraction,
-                allow_pipe=config.allow_pipe,
-            )
-        )
-        here = {
-            "fingerprint": stream.shards.fingerprint,
-            "streams": stream.streams,
-            "steps_per_epoch": stream.steps_per_epoch,
-        }
-        if cursor and cursor["fingerprint"] != here["fingerprint"]:
-            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards, counts or content)")
-        if cursor and cursor != here:
-            raise ConfigError(
-                f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
-            )
+        data = demo.demo_shards("train") if config.data == "demo" else config.data
+        transform = TrainTransform(teacher.image_size, decoder=config.decoder)
+        stream, here = loop.open_training_stream(data, config, transform, agreement, first, state, resources)
     agreement.same((here, teacher_hash), "shards or teacher weights")
-    total = config.steps or config.epochs * stream.steps_per_epoch
-    if first > total:
-        raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
-    split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
-    counts = stream.num_samples, len(stream.shards.shards), stream.steps_per_epoch
-    log.info("data     %d images in %d shards, %d steps an epoch", *counts)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
-    log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
+    total = loop.count_steps(config, stream.steps_per_epoch, first)
+    loop.announce(config, stream, accelerator, first, total)
     try:
         use_triton("distill_loss", config.kernel, torch.empty(0, device=device))  # now, as a compiled step cannot log
     except ValueError as error:
         raise ConfigError(f"--kernel {config.kernel}: {error}") from None
-    if first == total:
-        log.info("         all steps are done already; for another run choose another --out")
-    if config.warmup_steps >= total:
-        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", config.warmup_steps)
 
     if folder is not None and first < total:
-        folder.write_config(config)
-        folder.write_environment(accelerator)
-        for path in set_aside_after(out / "checkpoints", first, origin):
-            log.warning("checkpoint set aside: %s", path)
-        folder.forget_after(first)
+        folder.begin(config, accelerator, first, origin)
     if config.tracker != "none":
         with agreement.together():
             start_tracker(accelerator, config)
 
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
-    # What the run's earlier starts counted; each start adds its own.
-    skipped_before = state["skipped_steps"] if state else 0
-    reports_before = state["data_reports"] if state else []
+    reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
 
     def save(step: int) -> None:
         reports = reports_before + gather_object([stream.report()])
         with agreement.together():
             if rank == 0:
-                content = {
-                    "config": dataclasses.asdict(config),
-                    "data": here,
-                    "data_reports": reports,
-                    "skipped_steps": skipped_before + int(nonfinite),
-                    "teacher_sha256": teacher_hash,
-                    # Dropout and its like draw from (seed, step, rank): there is no random state to keep.
-                    "random": {"seed": config.seed, "rule": "torch.manual_seed(step_seed(seed, step, rank))"},
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                    "versions": versions(),
-                    "world": world,
-                }
-                tensors = {"model": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
-                save_checkpoint(out / "checkpoints", step, tensors, content, keep=config.keep)
+                facts = {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}
+                loop.write_checkpoint(step, guarded, config, facts)
 
     local_rows = config.batch_size // world
-    nonfinite_in_a_row = torch.zeros((), device=device)
-    nonfinite = torch.zeros((), device=device)
-    reported_nonfinite = 0
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
@@ -378,20 +289,15 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             except DataError as error:
                 failure = error
         if stop := agreement.settle(failure, signals.received):
-            if step == first:
-                raise StopRequested(stop, f"stopped by signal {stop} at step {step}, before anything new was done")
-            if step % config.save_every:
+            if step > first and step % config.save_every:
                 save(step)
-            raise StopRequested(stop, f"stopped by signal {stop}: saved at step {step} of {total} in {out}")
+            raise loop.stopped(stop, step, first, total, out)
 
         # One optimiser step.
-        lr = cosine_lr(step, config.lr, config.warmup_steps, total, config.restart_every)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(step_seed(config.seed, step, rank))
+        guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total, config.restart_every))
+        torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
         images = unit_interval(batch["image"].to(device))
         terms: dict[str, Tensor] = {}
-        statistics.snapshot()
         pieces = images.tensor_split(min(config.accumulate, len(images)))  # unusable samples may leave fewer rows
         for piece in pieces:
             synced = contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(model)
@@ -405,47 +311,19 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 accelerator.backward(values["loss"] * share)
             for key, value in values.items():
                 terms[key] = terms.get(key, 0) + value.detach() * share
-        norm = accelerator.clip_grad_norm_(parameters, config.clip)
-        assert norm is not None
-        bad = (~torch.isfinite(norm)).float()
-        if accelerator.scaler is None:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused optimiser skips the step on the device
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-        statistics.restore_where(bad)
-        nonfinite += bad
-        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * bad
+        norm = guarded.finish()
         progress.step_done(step)
 
         # Log. Nothing above waits for the device except the copy of the batch to it.
         due = step % config.log_every == 0 or step + 1 == total
         if due:
-            packed = torch.stack([*(v.float() for v in terms.values()), norm.float()])
-            *numbers, gradient_norm = accelerator.reduce(packed, "mean").tolist()
-            final = {
-                "step": step,
-                "epoch": step / stream.steps_per_epoch,
-                **dict(zip(terms, numbers, strict=True)),
-                "lr": lr,
-                "gradient_norm": gradient_norm,
-                "skipped_steps": skipped_before + int(nonfinite),
-                **progress.rates(),
-                "memory_mib": memory_mib(device),
-            }
+            final = loop.log_row(step, stream, terms, norm, guarded, progress)
             if folder is not None:
                 folder.log(final)
             if config.tracker != "none":
                 accelerator.log({k: v for k, v in final.items() if k != "step"}, step=step)
             progress.show(step, final)
-            if final["skipped_steps"] > reported_nonfinite:
-                reported_nonfinite = final["skipped_steps"]
-                log.warning("%d steps skipped so far: gradient not finite", reported_nonfinite)
-        # The gradient is the same on all ranks, so all come to the same conclusion.
-        if (due or (step + 1) % MAX_NONFINITE_STEPS == 0) and nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
-            raise ModelError(
-                f"gradient not finite in {int(nonfinite_in_a_row)} steps in a row up to step {step}; "
-                f"the checkpoints in {out}/checkpoints are kept"
-            )
+        guarded.check(step, due, out)
 
     # --- End ----------------------------------------------------------------------------------------------------------
     # One report per start and rank: samples delivered, unusable ones by reason.

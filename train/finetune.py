@@ -10,9 +10,9 @@ the encoder: a zero-shot one (train/zero_shot.py) or a probe's (train/probe.py, 
         train/finetune.py --config train/recipes/finetune_clip.yaml --data URL --head HEAD       two nodes, once on each
 
 Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
-checkpoints/, results.jsonl, export/ (the encoder, as train/distill.py exports a student) and head.safetensors, a pair
-for eval/shifts.py. The run continues by itself when the same command is started again; Ctrl-C and SIGTERM save first
-(exit code 130, 143).
+checkpoints/, results.jsonl (mean training loss and accuracy over the images of the last epoch), export/ (the encoder,
+as train/distill.py exports a student) and head.safetensors, a pair for eval/shifts.py. The run continues by itself when
+the same command is started again; Ctrl-C and SIGTERM save first (exit code 130, 143).
 
 Cost per image: one forward and backward (RN50: 37 GFLOP; ViT-B/16: 105 GFLOP).
 """
@@ -34,32 +34,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data import DataError
-from data.rows import append_row, commit, versions
+from data.rows import append_row, commit
 from models import ModelError
 from train.common import (
     ConfigError,
     Progress,
-    RunFolder,
-    StopRequested,
-    checkpoint_to_continue,
+    check_numbers,
     cosine_lr,
     draw_loss,
-    memory_mib,
     option,
     run_script,
     step_seed,
 )
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from models.checkpoints import Checkpoint
     from models.encoders import Encoder
     from models.heads import Head
-
-# A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
-MAX_NONFINITE_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -98,18 +91,13 @@ class Config:
     resume: str = option("auto", "auto = continue from the newest valid checkpoint; none = start; PATH = that one")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps", "warmup_steps", "workers", "seed", "epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("lr", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ConfigError(f"--{name} must be a finite number of at least 0, not {getattr(self, name)}")
-        for name in ("label_smoothing", "flip", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name} must lie in [0, 1], not {getattr(self, name)}")
+        check_numbers(
+            self,
+            at_least_1=("batch_size", "accumulate", "log_every", "save_every", "keep"),
+            not_negative=("steps", "warmup_steps", "workers", "seed", "epochs"),
+            finite=("lr", "weight_decay"),
+            shares=("label_smoothing", "flip", "max_bad_fraction"),
+        )
         if not self.clip > 0:
             raise ConfigError(f"--clip must be above 0, not {self.clip}")
         if self.steps == 0 and self.epochs == 0:
@@ -175,7 +163,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     out = Path(config.out)
     accelerator = start_accelerator(None, out)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
+    agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
     log = logging.getLogger("shiftlens")
     if config.batch_size % (world * config.accumulate):
@@ -187,26 +175,18 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     from accelerate.utils import gather_object
 
     from data import demo
-    from data.stream import open_stream
     from data.tar import find_shards
     from data.transforms import TrainTransform, unit_interval
-    from models.checkpoints import load_optimizer_tensors, optimizer_tensors, save_checkpoint, set_aside_after
-    from models.distiller import BatchStatistics
     from models.encoders import load_encoder
     from models.export import export_student
     from models.heads import load_head, save_head
     from models.initialise import freeze_norm_stats
     from models.weights import load_into, state_sha256
+    from train import loop
 
     # --- Run folder and checkpoint ------------------------------------------------------------------------------------
     # Only rank 0 touches the folder: the others need not see its disk, and all continue from the same step.
-    folder: RunFolder | None = None
-    checkpoint: Checkpoint | None = None
-    with agreement.together():
-        if rank == 0:
-            folder = RunFolder(out, fresh=config.resume == "none")
-            resources.callback(folder.close)
-            checkpoint = checkpoint_to_continue(config, out, FIXED)
+    folder, checkpoint = loop.open_run(config, FIXED, agreement, resources)
     first, state = agreement.share((checkpoint.step, checkpoint.state) if checkpoint else (0, None))
     origin = checkpoint.path if checkpoint else None
 
@@ -222,6 +202,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         if not Path(config.head).is_file():
             raise ModelError(f"--head {config.head}: no such file; train/zero_shot.py or train/probe.py makes one")
         head = load_head(config.head, shards.classes, encoder.feature_dim)
+        head.require_linear(config.head, "train/finetune.py")
         start = {
             "encoder_sha256": state_sha256(encoder.state_dict()),
             "head_sha256": state_sha256({"weight": head.weight, "bias": head.bias}),
@@ -241,8 +222,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         if checkpoint is not None:
             load_into(classifier, checkpoint.tensors["model"], checkpoint.path)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
-    names, parameters = list(trained), list(trained.values())
+    parameters = list(loop.trained_parameters(classifier).values())
     size = sum(map(torch.numel, parameters)) / 1e6
     log.info("encoder  %s: %d features, %d px", encoder.name, encoder.feature_dim, encoder.image_size)
     log.info("head     %s: %d classes; %.2f M parameters with the encoder's", config.head, len(head.classes), size)
@@ -250,102 +230,48 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         log.info("         the shards do not name their classes: label 0 is taken for %r", head.classes[0])
 
     # --- Optimiser ----------------------------------------------------------------------------------------------------
-    # Fused: one kernel, and the only form that can skip a non-finite step on the device (found_inf below).
+    # Fused: one kernel, and the only form that can skip a non-finite step on the device.
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if state is not None:
-        with agreement.together():
-            # Other ranks only need the right shapes: rank 0's values are sent to them.
-            template = {f"{name}/{key}": p.cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
-            template |= {f"{name}/step": torch.tensor(0.0) for name in names}
-            load_optimizer_tensors(optimizer, names, checkpoint.tensors["optimizer"] if checkpoint else template)
-        agreement.broadcast([*classifier.state_dict().values(), *optimizer_tensors(optimizer, names).values()])
+        loop.restore_on_all_ranks(classifier, optimizer, checkpoint, agreement)
     checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
-    statistics = BatchStatistics(encoder)
     if config.compile:
         classifier.compile()
     # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
     model, prepared_optimizer = accelerator.prepare(classifier, optimizer)
-    if accelerator.scaler is not None and state and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    guarded = loop.GuardedStep(accelerator, classifier, prepared_optimizer, config.clip, state)
 
     # --- Batches ------------------------------------------------------------------------------------------------------
-    cursor = state["data"] if state else {}
-    epoch, start_step = divmod(first, cursor["steps_per_epoch"]) if cursor else (0, 0)
     with agreement.together():
-        stream = resources.enter_context(
-            open_stream(
-                shards,
-                global_batch=config.batch_size,
-                rank=rank,
-                world=world,
-                workers=config.workers,
-                streams=cursor.get("streams", max(64, world)),
-                seed=config.seed,
-                epoch=epoch,
-                start_step=start_step,
-                epochs=None,
-                transform=TrainTransform(encoder.image_size, flip=config.flip, decoder=config.decoder),
-                strict=config.strict,
-                max_bad_fraction=config.max_bad_fraction,
-                allow_pipe=config.allow_pipe,
-            )
-        )
-        steps_per_epoch = stream.steps_per_epoch
-        here = {"fingerprint": shards.fingerprint, "streams": stream.streams, "steps_per_epoch": steps_per_epoch}
-        if cursor and cursor["fingerprint"] != here["fingerprint"]:
-            raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards, counts or content)")
-        if cursor and cursor != here:
-            raise ConfigError(
-                f"{world} processes cannot continue a run of {cursor['streams']} streams; use a number that divides it"
-            )
+        transform = TrainTransform(encoder.image_size, flip=config.flip, decoder=config.decoder)
+        stream, here = loop.open_training_stream(shards, config, transform, agreement, first, state, resources)
     agreement.same((here, start), "shards, encoder or head")
-    total = config.steps or config.epochs * steps_per_epoch
-    if first > total:
-        raise ConfigError(f"{out} is at step {first}, beyond the {total} steps asked for")
-    split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
-    counts = shards.num_samples, len(shards.shards), steps_per_epoch
-    log.info("data     %d images in %d shards, %d steps an epoch", *counts)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
-    log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
-    if first == total:
-        log.info("         all steps are done already; for another run choose another --out")
-    if config.warmup_steps >= total:
-        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", config.warmup_steps)
+    total = loop.count_steps(config, stream.steps_per_epoch, first)
+    loop.announce(config, stream, accelerator, first, total)
 
     if folder is not None and first < total:
-        folder.write_config(config)
-        folder.write_environment(accelerator)
-        for path in set_aside_after(out / "checkpoints", first, origin):
-            log.warning("checkpoint set aside: %s", path)
-        folder.forget_after(first)
+        folder.begin(config, accelerator, first, origin)
 
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
-    # What the run's earlier starts counted; each start adds its own.
-    skipped_before = state["skipped_steps"] if state else 0
-    reports_before = state["data_reports"] if state else []
+    reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
+
+    # Over this rank's images of the epoch so far: sums of loss and of right answers, and their number. They are the
+    # result, and stay on the device. Rank 0 goes on from what all ranks had when the checkpoint was made.
+    before = state["epoch_sums"] if state and rank == 0 else [0.0, 0.0, 0.0]
+    epoch_sums = torch.tensor(before, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    def sums_of_all_ranks() -> list[float]:
+        return [sum(values) for values in zip(*gather_object([epoch_sums.tolist()]), strict=True)]
 
     def save(step: int) -> None:
+        sums = sums_of_all_ranks()
         reports = reports_before + gather_object([stream.report()])
         with agreement.together():
             if rank == 0:
-                content = {
-                    "config": dataclasses.asdict(config),
-                    "data": here,
-                    "data_reports": reports,
-                    "skipped_steps": skipped_before + int(nonfinite),
-                    "start": start,
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                    "versions": versions(),
-                    "world": world,
-                }
-                tensors = {"model": classifier.state_dict(), "optimizer": optimizer_tensors(optimizer, names)}
-                save_checkpoint(out / "checkpoints", step, tensors, content, keep=config.keep)
+                facts = {"data": here, "data_reports": reports, "epoch_sums": sums, "start": start}
+                loop.write_checkpoint(step, guarded, config, facts)
 
     local_rows = config.batch_size // world
-    nonfinite_in_a_row = torch.zeros((), device=device)
-    nonfinite = torch.zeros((), device=device)
-    reported_nonfinite = 0
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
@@ -370,20 +296,15 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             except DataError as error:
                 failure = error
         if stop := agreement.settle(failure, signals.received):
-            if step == first:
-                raise StopRequested(stop, f"stopped by signal {stop} at step {step}, before anything new was done")
-            if step % config.save_every:
+            if step > first and step % config.save_every:
                 save(step)
-            raise StopRequested(stop, f"stopped by signal {stop}: saved at step {step} of {total} in {out}")
+            raise loop.stopped(stop, step, first, total, out)
 
         # One optimiser step.
-        lr = cosine_lr(step, config.lr, config.warmup_steps, total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total))
         torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
         images, labels = unit_interval(batch["image"].to(device)), batch["label"].to(device)
         terms: dict[str, Tensor] = {}
-        statistics.snapshot()
         count = min(config.accumulate, len(images))  # unusable samples may leave fewer rows
         pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
         for number, (piece, answers) in enumerate(pieces, start=1):
@@ -395,49 +316,30 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 accelerator.backward(values["loss"] * share)
             for key, value in values.items():
                 terms[key] = terms.get(key, 0) + value.detach() * share
-        norm = accelerator.clip_grad_norm_(parameters, config.clip)
-        assert norm is not None
-        bad = (~torch.isfinite(norm)).float()
-        if accelerator.scaler is None:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # a fused optimiser skips the step on the device
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-        statistics.restore_where(bad)
-        nonfinite += bad
-        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * bad
+        norm = guarded.finish()
+        if step % stream.steps_per_epoch == 0:
+            epoch_sums.zero_()
+        loss_sum, right = (terms[name] * local_rows for name in ("loss", "accuracy"))
+        of_batch = torch.stack([loss_sum, right, norm.new_full((), len(images))])
+        epoch_sums += of_batch.where(torch.isfinite(norm), 0)  # a skipped step is none
         progress.step_done(step)
 
         # Log. Nothing above waits for the device except the copy of the batch to it.
         due = step % config.log_every == 0 or step + 1 == total
         if due:
-            packed = torch.stack([*(v.float() for v in terms.values()), norm.float()])
-            *numbers, gradient_norm = accelerator.reduce(packed, "mean").tolist()
-            final = {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                **dict(zip(terms, numbers, strict=True)),
-                "lr": lr,
-                "gradient_norm": gradient_norm,
-                "skipped_steps": skipped_before + int(nonfinite),
-                **progress.rates(),
-                "memory_mib": memory_mib(device),
-            }
+            final = loop.log_row(step, stream, terms, norm, guarded, progress)
             if folder is not None:
                 folder.log(final)
             progress.show(step, final)
-            if final["skipped_steps"] > reported_nonfinite:
-                reported_nonfinite = final["skipped_steps"]
-                log.warning("%d steps skipped so far: gradient not finite", reported_nonfinite)
-        # The gradient is the same on all ranks, so all come to the same conclusion.
-        if (due or (step + 1) % MAX_NONFINITE_STEPS == 0) and nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
-            raise ModelError(
-                f"gradient not finite in {int(nonfinite_in_a_row)} steps in a row up to step {step}; "
-                f"the checkpoints in {out}/checkpoints are kept"
-            )
+        guarded.check(step, due, out)
 
     # --- End ----------------------------------------------------------------------------------------------------------
     # One report per start and rank: samples delivered, unusable ones by reason.
     data_reports = reports_before + gather_object([stream.report()])
+    # As training saw them: weights of each step, dropout, smoothed labels. --steps may end the epoch before its end.
+    *totals, images_counted = sums_of_all_ranks()
+    loss, accuracy = (amount / images_counted if images_counted else math.nan for amount in totals)
+    last_epoch = {"last_epoch_loss": loss, "last_epoch_accuracy": accuracy, "last_epoch_n": round(images_counted)}
     if rank == 0 and folder is not None:
         rows = folder.metrics()
         if rows:
@@ -464,13 +366,13 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         file = out / "head.safetensors"
         save_head(file, weight, bias, head.classes, normalize=head.normalize, metadata=facts)
         log.info("written  %s: encoder in export/, head.safetensors, curve in loss.png", out)
-        if final and not any(row.get("weights_sha256") == encoder_hash for row in folder.results()):
+        if final and images_counted and not any(row.get("weights_sha256") == encoder_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
-                metric="finetune_loss",
-                value=final["loss"],
-                n=config.batch_size,
-                accuracy=final["accuracy"],
+                metric="finetune_last_epoch_loss",
+                value=loss,
+                n=round(images_counted),
+                accuracy=accuracy,
                 weights_sha256=encoder_hash,
                 head_sha256=state_sha256({"weight": weight, "bias": bias}),
                 data_reports=data_reports,
@@ -480,7 +382,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 device=str(device),
             )
     accelerator.end_training()
-    return {**final, "total_steps": total, "data_reports": data_reports}
+    return {**final, **last_epoch, "total_steps": total, "data_reports": data_reports}
 
 
 if __name__ == "__main__":

@@ -217,18 +217,46 @@ class PeerError(Exception):
     """Another rank failed and says why; this one only ends."""
 
 
+class PeerLost(PeerError):
+    """Another rank ended without a vote, or gave none for too long: it may be unable to say so, so this one does."""
+
+
+def explain_lost_peer(error: RuntimeError) -> str:
+    """What gloo's error in a collective means, in one line; "" for another error. Its own text names a source file."""
+    message = str(error).partition("\n")[0]
+    reason = re.sub(r"^\[\S*/gloo/\S*\] ", "", message)
+    if reason == message and not reason.startswith("Application timeout"):
+        return ""
+    what = "gave no sign of life in time" if "imed out" in reason else "ended without a word"
+    return f"another process {what} ({reason}); look for its last lines"
+
+
+# How long a rank waits for the others' votes. Not for a process that dies: that closes its connections, which all
+# notice within a second or so. What needs a limit is a machine that vanishes, or a process that hangs for good.
+#
+# The default suits work that is dealt out in large pieces, such as parts of a feature cache or solutions by L-BFGS: in
+# the last round some ranks have no piece and wait for the whole of another's, 65 536 images or hundreds of passes over
+# a data set, which takes a CPU hours. A limit that ends such work is worse than one that finds a lost machine late.
+PATIENCE = datetime.timedelta(hours=24)
+# A training loop votes before every step. The most that comes between is a download of weights or a save by rank 0;
+# a reader that stalls for longer is taken for dead (data/workers.py names its shard every half minute before that).
+PATIENCE_BETWEEN_STEPS = datetime.timedelta(hours=1)
+
+
 class Agreement:
     """Lets all ranks act on the same step, and fail together: votes and small messages over a CPU channel.
 
     The channel is gloo even on GPUs: a vote must not wait for the work queued on the device (0.6 ms against a drained
     queue), and it must happen before the step, or a rank without a batch would leave the others in an all-reduce.
+
+    Votes and messages raise PeerLost when another rank has ended, or is not heard of for `patience`.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, patience: datetime.timedelta = PATIENCE) -> None:
         import torch.distributed as dist
 
         self.rank, self.world = rank, world
-        self.group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
 
     def settle(self, error: Exception | None, signal_number: int = 0) -> int:
         """The largest signal number that any rank brings. If any brings an error, the lowest such rank raises its own.
@@ -261,7 +289,8 @@ class Agreement:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
+        with self._listening():
+            dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def same(self, value: Any, what: str) -> None:
@@ -292,5 +321,16 @@ class Agreement:
         import torch.distributed as dist
 
         votes = torch.tensor(values)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        with self._listening():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return [int(v) for v in votes]
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Around a collective of the channel."""
+        try:
+            yield
+        except RuntimeError as error:
+            if explanation := explain_lost_peer(error):
+                raise PeerLost(explanation) from None
+            raise

@@ -1,0 +1,320 @@
+"""What the loops of distillation and fine-tuning must do alike: go on from a checkpoint, step safely, save, log.
+
+Apart from train/common.py because it imports torch, which the command line and the launch checks there must not wait
+for. The loops themselves stand in the scripts, where they are read and changed; nothing here calls back into one.
+`config` is a script's Config: flags of one name mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from data.rows import versions
+from data.runs import Transform
+from data.stream import Stream, open_stream
+from data.tar import ShardSet
+from models import ModelError
+from models.checkpoints import Checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from train.common import ConfigError, Progress, RunFolder, StopRequested, checkpoint_to_continue, memory_mib
+from train.launching import Agreement
+
+# A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
+MAX_NONFINITE_STEPS = 25
+log = logging.getLogger("shiftlens")
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that take a gradient, by name, in the order in which an optimiser gets and keeps them."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start, or go on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def open_run(
+    config: Any, fixed: Sequence[str], agreement: Agreement, resources: contextlib.ExitStack
+) -> tuple[RunFolder | None, Checkpoint | None]:
+    """The run folder, and the checkpoint to continue if there is one: on rank 0; on the others None and None.
+
+    fixed: settings that must be those of the checkpoint. `resources` gives the folder back.
+
+    Raises ConfigError, ModelError on all ranks: see RunFolder and checkpoint_to_continue.
+    """
+    folder = checkpoint = None
+    with agreement.together():
+        if agreement.rank == 0:
+            folder = RunFolder(Path(config.out), fresh=config.resume == "none")
+            resources.callback(folder.close)
+            checkpoint = checkpoint_to_continue(config, Path(config.out), fixed)
+    return folder, checkpoint
+
+
+def restore_on_all_ranks(
+    module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None, agreement: Agreement
+) -> None:
+    """Gives all processes rank 0's weights, and the optimiser state of the checkpoint, which only rank 0 has.
+
+    Args:
+        module: where it will train; rank 0 has loaded the checkpoint's weights into it.
+        optimizer: AdamW over `trained_parameters(module)`, before accelerator.prepare.
+        checkpoint: None on all ranks but 0.
+
+    Raises ModelError on all ranks for optimiser state that does not fit.
+    """
+    trained = trained_parameters(module)
+    with agreement.together():
+        # Other ranks only need the right shapes: rank 0's values are sent to them.
+        template = {f"{name}/{key}": p.cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+        template |= {f"{name}/step": torch.tensor(0.0) for name in trained}
+        load_optimizer_tensors(optimizer, list(trained), checkpoint.tensors["optimizer"] if checkpoint else template)
+    agreement.broadcast([*module.state_dict().values(), *optimizer_tensors(optimizer, list(trained)).values()])
+
+
+def open_training_stream(
+    data: str | ShardSet,
+    config: Any,
+    transform: Transform,
+    agreement: Agreement,
+    first: int,
+    state: Mapping[str, Any] | None,
+    resources: contextlib.ExitStack,
+) -> tuple[Stream, dict[str, Any]]:
+    """This rank's batches from step `first` on, without end, and what a checkpoint keeps of them as its "data".
+
+    state: that of the checkpoint to continue, None for a new run. `resources` closes the stream.
+
+    Raises ConfigError where the data are not those of the checkpoint, or the processes cannot share its streams;
+    DataError for everything that is wrong with the data.
+    """
+    saved = state["data"] if state else {}
+    epoch, start_step = divmod(first, saved["steps_per_epoch"]) if saved else (0, 0)
+    stream = open_stream(
+        data,
+        global_batch=config.batch_size,
+        rank=agreement.rank,
+        world=agreement.world,
+        workers=config.workers,
+        streams=saved.get("streams", max(64, agreement.world)),
+        seed=config.seed,
+        epoch=epoch,
+        start_step=start_step,
+        epochs=None,
+        transform=transform,
+        strict=config.strict,
+        max_bad_fraction=config.max_bad_fraction,
+        allow_pipe=config.allow_pipe,
+    )
+    resources.enter_context(stream)
+    here = {
+        "fingerprint": stream.shards.fingerprint,
+        "streams": stream.streams,
+        "steps_per_epoch": stream.steps_per_epoch,
+    }
+    if saved and saved["fingerprint"] != here["fingerprint"]:
+        raise ConfigError(f"--data {config.data}: not the data of the checkpoint (other shards, counts or content)")
+    if saved and saved != here:
+        raise ConfigError(
+            f"{agreement.world} processes cannot continue a run of {saved['streams']} streams; "
+            "use a number that divides it"
+        )
+    return stream, here
+
+
+def count_steps(config: Any, steps_per_epoch: int, first: int) -> int:
+    """How many optimiser steps the whole run has. Raises ConfigError where step `first` is beyond them."""
+    total = config.steps or config.epochs * steps_per_epoch
+    if first > total:
+        raise ConfigError(f"{config.out} is at step {first}, beyond the {total} steps asked for")
+    return total
+
+
+def announce(config: Any, stream: Stream, accelerator: Accelerator, first: int, total: int) -> None:
+    """Says what is to be done, on what, and where."""
+    world, device = accelerator.num_processes, accelerator.device
+    split = f"{world} processes x {config.batch_size // world // config.accumulate} x {config.accumulate} pieces"
+    counts = stream.num_samples, len(stream.shards.shards), stream.steps_per_epoch
+    log.info("data     %d images in %d shards, %d steps an epoch", *counts)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    log.info("to do    %d of %d steps, batch %d = %s", total - first, total, config.batch_size, split)
+    log.info("device   %s, mixed precision %s", where, accelerator.mixed_precision)
+    if first == total:
+        log.info("         all steps are done already; for another run choose another --out")
+    if config.warmup_steps >= total:
+        log.info("warm-up  %d steps, as long as the run: the peak learning rate is not reached", config.warmup_steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class BatchStatistics:
+    """Undoes what a bad step did to batch-norm running statistics, which the forward pass changes before anybody knows.
+
+    Works on the device, without a host synchronisation: one concatenation before, a selection and a copy after.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [
+            buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
+
+    def snapshot(self) -> None:
+        if self._buffers:
+            self._before = torch.cat([buffer.flatten() for buffer in self._buffers])
+
+    def restore_where(self, bad: Tensor) -> None:
+        """`bad`: scalar, nonzero where the step since `snapshot` must leave no trace."""
+        if self._buffers:
+            now = torch.cat([buffer.flatten() for buffer in self._buffers])
+            kept = torch.where(bad > 0, self._before, now).split([buffer.numel() for buffer in self._buffers])
+            torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(kept, self._buffers, strict=True)])
+
+
+class GuardedStep:
+    """Optimiser steps of which those with a gradient that is not finite leave no trace, but are counted.
+
+    Weights, moments and batch-norm statistics are then what they were. All of it is decided on the device: only
+    `skipped`, and `check` where it is due, wait for it.
+
+        step.begin(lr)
+        ...                     # losses, and accelerator.backward of them
+        norm = step.finish()
+
+    Args:
+        module: what is trained, and saved, as it was before accelerator.prepare.
+        optimizer: prepared; around a fused optimiser, the only form that can skip a step on the device.
+        clip: largest gradient norm.
+        state: that of the checkpoint to continue, None for a new run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        clip: float,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self.accelerator, self.module, self.optimizer = accelerator, module, optimizer
+        self.lr = 0.0
+        self._clip, self._parameters = clip, list(trained_parameters(module).values())
+        self._statistics = BatchStatistics(module)
+        self._nonfinite = torch.zeros((), device=accelerator.device)
+        self._nonfinite_in_a_row = torch.zeros((), device=accelerator.device)
+        self._skipped_before = state["skipped_steps"] if state else 0  # by the run's earlier starts
+        self._reported = 0
+        if accelerator.scaler is not None and state and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+
+    def begin(self, lr: float) -> None:
+        """Before the step's first forward pass."""
+        self.lr = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._statistics.snapshot()
+
+    def finish(self) -> Tensor:
+        """After the step's last backward pass. Returns the gradient's norm before clipping, a scalar on the device."""
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self._clip)
+        assert norm is not None
+        bad = (~torch.isfinite(norm)).float()
+        if self.accelerator.scaler is None:  # which has its own way of skipping
+            self.optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._statistics.restore_where(bad)
+        self._nonfinite += bad
+        self._nonfinite_in_a_row = (self._nonfinite_in_a_row + 1) * bad
+        return norm
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped since the run began, over all its starts."""
+        return self._skipped_before + int(self._nonfinite)
+
+    def check(self, step: int, due: bool, out: Path) -> None:
+        """Where `due`, and now and then, looks at what `finish` counted; warns of new skipped steps.
+
+        Raises ModelError after MAX_NONFINITE_STEPS in a row: on all ranks, as all have the same gradient.
+        """
+        if due and (skipped := self.skipped) > self._reported:
+            self._reported = skipped
+            log.warning("%d steps skipped so far: gradient not finite", skipped)
+        if due or (step + 1) % MAX_NONFINITE_STEPS == 0:
+            in_a_row = int(self._nonfinite_in_a_row)
+            if in_a_row >= MAX_NONFINITE_STEPS:
+                raise ModelError(
+                    f"gradient not finite in {in_a_row} steps in a row up to step {step}; "
+                    f"the checkpoints in {out}/checkpoints are kept"
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Between steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(step: int, guarded: GuardedStep, config: Any, facts: Mapping[str, Any]) -> None:
+    """Saves, on rank 0 alone, all that `step` optimiser steps left: weights, optimiser, counts.
+
+    facts: what else the script must find again, as JSON; "data" is what `open_training_stream` gave.
+
+    Raises ModelError where it cannot be written; older checkpoints are kept.
+    """
+    module, scaler = guarded.module, guarded.accelerator.scaler
+    tensors = {
+        "model": module.state_dict(),
+        "optimizer": optimizer_tensors(guarded.optimizer.optimizer, list(trained_parameters(module))),
+    }
+    content = {
+        "config": dataclasses.asdict(config),
+        **facts,
+        "skipped_steps": guarded.skipped,
+        # Dropout and its like draw from (seed, step, rank): there is no random state to keep.
+        "random": {"seed": config.seed, "rule": "torch.manual_seed(step_seed(seed, step, rank))"},
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "versions": versions(),
+        "world": guarded.accelerator.num_processes,
+    }
+    save_checkpoint(Path(config.out) / "checkpoints", step, tensors, content, keep=config.keep)
+
+
+def stopped(number: int, step: int, first: int, total: int, out: Path) -> StopRequested:
+    """What to raise when signal `number` came before `step`, which a start from `first` saved if it is a later one."""
+    if step == first:
+        return StopRequested(number, f"stopped by signal {number} at step {step}, before anything new was done")
+    return StopRequested(number, f"stopped by signal {number}: saved at step {step} of {total} in {out}")
+
+
+def log_row(
+    step: int, stream: Stream, terms: Mapping[str, Tensor], norm: Tensor, guarded: GuardedStep, progress: Progress
+) -> dict[str, Any]:
+    """A row for metrics.jsonl, the same on all ranks: means of their terms, rates, memory. Waits for the device.
+
+    terms: scalars of this rank's part of the batch. norm: the gradient's, from `GuardedStep.finish`.
+    """
+    packed = torch.stack([*(term.float() for term in terms.values()), norm.float()])
+    *means, gradient_norm = guarded.accelerator.reduce(packed, "mean").tolist()
+    return {
+        "step": step,
+        "epoch": step / stream.steps_per_epoch,
+        **dict(zip(terms, means, strict=True)),
+        "lr": guarded.lr,
+        "gradient_norm": gradient_norm,
+        "skipped_steps": guarded.skipped,
+        **progress.rates(),
+        "memory_mib": memory_mib(guarded.accelerator.device),
+    }
