@@ -4,8 +4,13 @@ BIN := .venv/bin
 
 .PHONY: demo test check
 
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml
+
 demo: .venv/installed
-	$(BIN)/accelerate launch --quiet --config_file accelerate_config.yaml train/distill.py
+	$(LAUNCH) train/distill.py
+	$(LAUNCH) train/probe.py
+	$(LAUNCH) eval/shifts.py
+	$(BIN)/python eval/report.py
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests

@@ -200,7 +200,9 @@ def test_kernels_train_as_the_reference_does() -> None:
         assert (a.weight - b.weight).abs().max() <= 1e-5
 
 
-def mlp_trained_alone(point: Point, kind: Any, data: Features, schedule: probing.Schedule) -> nn.Module:
+def mlp_trained_alone(
+    point: Point, kind: Any, data: Features, schedule: probing.Schedule
+) -> tuple[nn.Module, nn.Linear]:
     """Layers and head the plain way: one torch module, cross_entropy, AdamW on all its parameters."""
     torch.manual_seed(schedule.seed)
     layers = Featuriser(data.width, kind=kind, layers=2)
@@ -227,7 +229,7 @@ def mlp_trained_alone(point: Point, kind: Any, data: Features, schedule: probing
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(epoch * steps + step, point.lr, schedule.warmup_steps, schedule.epochs * steps)
             optimizer.step()
-    return module.eval()
+    return layers.eval(), head
 
 
 @pytest.mark.parametrize("kind", ["basic", "residual", "reversible"])
@@ -241,8 +243,7 @@ def test_heads_with_layers_are_separate_trainings(kind: Any) -> None:
     form = probing.Form(mlp_kind=kind, mlp_layers=2)
     fits = fit(points, all_rows(data), schedule, form=form)
     for each, point in zip(fits, points, strict=True):
-        alone = mlp_trained_alone(point, kind, data, schedule)
-        layers, head = alone
+        layers, head = mlp_trained_alone(point, kind, data, schedule)
         assert (each.weight - head.weight).abs().max() <= 1e-5, point
         with torch.no_grad():
             hidden = layers(data.pieces[0])
