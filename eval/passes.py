@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from eval.scoring import Answers, Model, Which
 
 SECONDS_BETWEEN_LINES = 10
-# A row that agrees in these with one of an earlier run is the same result.
-IDENTITY = ("metric", "value", "set", "model", "encoder_sha256", "head_sha256", "data_fingerprint", "precision")
+# The newest row of equal NUMBER is what counts; one that agrees with it in RESULT too is not written again.
+NUMBER = ("metric", "set", "model", "alpha")
+RESULT = ("value", "encoder_sha256", "head_sha256", "data_fingerprint", "precision")
 log = logging.getLogger("shiftlens")
 
 
@@ -173,7 +174,7 @@ def log_plan(
 
 
 class ResultRows:
-    """The rows of a run, appended to results.jsonl where no earlier run left the same.
+    """The rows of a run, appended to results.jsonl where the newest of an earlier run is not the same.
 
     Attributes:
         rows: all that were added, without provenance.
@@ -183,7 +184,7 @@ class ResultRows:
         """Only rank 0, which has the folder, makes one."""
         self.rows: list[dict[str, Any]] = []
         self._file: Path = folder.path / "results.jsonl"
-        self._earlier = {_identity(row) for row in folder.results()}
+        self._newest = {_values(row, NUMBER): _values(row, RESULT) for row in folder.results()}
         self._settings, self._accelerator = settings, accelerator
 
     def add(self, model: Model, fields: Mapping[str, Any]) -> None:
@@ -201,13 +202,15 @@ class ResultRows:
             "precision": self._accelerator.mixed_precision,
         }
         self.rows.append(row)
-        if _identity(row) not in self._earlier:
+        number, result = _values(row, NUMBER), _values(row, RESULT)
+        if self._newest.get(number) != result:
+            self._newest[number] = result
             config, device = dataclasses.asdict(settings), str(self._accelerator.device)
             append_row(self._file, **row, config=config, device=device)
 
 
-def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in IDENTITY)
+def _values(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in names)
 
 
 def say(progress: Progress, text: str, device: torch.device) -> None:

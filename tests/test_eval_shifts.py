@@ -444,14 +444,21 @@ def test_a_head_behind_a_featuriser(normalize: bool, settings: dict[str, Any], t
         load_head(head).require_linear(head, "x.py")
 
 
-def test_rows_are_written_once(settings: dict[str, Any]) -> None:
-    """The same run again adds nothing, another model's results stand beside the first."""
+def test_rows_are_written_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same run again adds nothing, another model's results stand beside the first, and the newest come last."""
     main(Config(**settings))
     once = results(settings["out"])
     main(Config(**settings | {"workers": 1}))
     assert results(settings["out"]) == once
     main(Config(**settings | {"name": "again"}))
     assert len(results(settings["out"])) == 2 * len(once)
+    # Other weights under the first name, and the first ones once more: a reader takes the newest.
+    head = load_head(settings["head"])
+    save_head(tmp_path / "other.safetensors", -head.weight, head.bias, head.classes, normalize=head.normalize)
+    for file in (str(tmp_path / "other.safetensors"), settings["head"]):
+        main(Config(**settings | {"head": file}))
+        newest = {(row["set"], row["metric"]): row["head"] for row in results(settings["out"]) if row["model"] == "vit"}
+        assert set(newest.values()) == {file}
 
 
 def test_a_sample_has_no_effective_robustness(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
