@@ -171,19 +171,24 @@ def test_published_runs_in_float64(runs: dict[str, Any], goldens: Path) -> None:
 
 
 def test_published_runs_with_kernels(runs: dict[str, Any], goldens: Path, device: str) -> None:
-    """float32 runs cross kinks of the network: the original's own differ from float64 by up to 0.02 (l2)."""
-    worst = {}
+    """float32 runs cross kinks of the network: the original's own differ from float64 by up to 0.02 (l2), 0.14 (linf).
+
+    Which images do depends on how a processor rounds convolutions, one or two of a run's eight on some; an error of the
+    step would be in all of them.
+    """
+    distances = {}
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for tag in filter(parse, runs["tags"]):
             if device == "cpu" and re.match(r"pgd_(noise|multi|nograd).*_s10", tag):
                 continue  # the interpreter is slow: every kind of run, but some only with few steps
             delta = attack(runs, goldens, tag, torch.float32, device, "triton")
             stored = torch.from_numpy(runs[f"{tag}/delta"])
-            worst[tag] = (delta - stored).flatten(1).norm(dim=1).max().item()
+            distances[tag] = (delta - stored).flatten(1).norm(dim=1)
             norms = delta.flatten(1).norm(dim=1).numpy()
             assert norms == pytest.approx(runs[f"{tag}/norm"], rel=0.02), tag
-            assert worst[tag] <= (0.3 if "linf" in tag else 0.15), tag
-    assert sum(error <= 1e-3 for error in worst.values()) >= 0.75 * len(worst), worst
+            assert distances[tag].median() <= 1e-5, tag
+            assert distances[tag].max() <= (0.3 if "linf" in tag else 0.15), tag
+    assert (torch.cat([*distances.values()]) <= 1e-3).float().mean() >= 0.9, distances
 
 
 # --- Reference and kernels against the formulas -----------------------------------------------------------------------
