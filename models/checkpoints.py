@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,70 @@ def save_checkpoint(
         except OSError as error:  # a network file system keeps a file that somebody still has open
             log.warning("old checkpoint %s could not be removed: %s", old, error)
     return final
+
+
+class CheckpointWriter:
+    """Saves checkpoints while training goes on: `save` only copies, a thread checks, writes and syncs.
+
+    What a checkpoint is does not change: whole or not there, and one at a time. The copies, on the CPU (in pinned
+    memory where tensors are on a GPU), take as much memory as a checkpoint does and are kept for the next one.
+
+    Args:
+        folder, keep: as for `save_checkpoint`.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: ModelError | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Copies everything and returns while it is written; arguments as for `save_checkpoint`.
+
+        Waits for the save before this one. Raises ModelError for what went wrong with that.
+        """
+        self.wait()
+        copies = {group: {k: self._copy(group, k, v) for k, v in entries.items()} for group, entries in tensors.items()}
+        if any(tensor.is_cuda for entries in tensors.values() for tensor in entries.values()):
+            torch.cuda.synchronize()
+        content = json.loads(json.dumps(dict(state)))  # the caller's may change
+        self._thread = threading.Thread(target=self._write, args=(step, copies, content), name="checkpoint")
+        self._thread.start()
+
+    def failure(self) -> ModelError | None:
+        """What went wrong with a save that is through, told once; None otherwise. Never waits."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises ModelError for what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if failure := self.failure():
+            raise failure
+
+    def close(self) -> None:
+        """Returns when nothing is being written, and tells nothing of what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
+        kept = self._copies.get((group, name))
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            # Contiguous, whatever the tensor is: the format cannot hold channels-last ones.
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[group, name] = kept
+        return kept.copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, step: int, copies: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        try:
+            save_checkpoint(self.folder, step, copies, state, keep=self.keep)
+        except ModelError as error:
+            self._failure = error
+        except Exception as error:  # nobody sees what a thread raises
+            self._failure = ModelError(f"checkpoint at step {step} not written: {type(error).__name__}: {error}")
 
 
 def set_aside_after(folder: Path, step: int, chosen: Path | None = None) -> list[Path]:

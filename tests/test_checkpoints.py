@@ -14,6 +14,7 @@ import torch
 
 from models import ModelError
 from models.checkpoints import (
+    CheckpointWriter,
     checkpoint_name,
     load_checkpoint,
     load_optimizer_tensors,
@@ -171,3 +172,79 @@ def test_optimizer_state_round_trip() -> None:
     del saved["w/exp_avg"]
     with pytest.raises(ModelError, match="w/exp_avg"):
         load_optimizer_tensors(second, ["w"], saved)
+
+
+# In the background.
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    """Weights and state change at once after each save; channels-last tensors and scalars are among them."""
+    weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    step_count, state = torch.tensor(1.0), {"data": {"streams": 4}, "seen": [1]}
+    writer = CheckpointWriter(tmp_path / "background", keep=2)
+    expected = {}
+    for step in (1, 2, 3):
+        writer.save(step, {"model": {"w": weight}, "optimizer": {"w/step": step_count}}, state)
+        save_checkpoint(tmp_path / "now", step, {"model": {"w": weight}, "optimizer": {"w/step": step_count}}, state)
+        expected[step] = weight.clone()
+        weight.add_(1.0)
+        step_count += 1
+        state["seen"].append(step)  # type: ignore[attr-defined]
+    writer.wait()
+    assert [path.name for path in sorted((tmp_path / "background").iterdir())] == ["step_00000002", "step_00000003"]
+    for step in (2, 3):
+        found, plain = (load_checkpoint(tmp_path / name / checkpoint_name(step)) for name in ("background", "now"))
+        assert torch.equal(found.tensors["model"]["w"], expected[step])
+        assert found.state == plain.state
+        assert all((found.path / file.name).read_bytes() == file.read_bytes() for file in plain.path.iterdir()), (
+            "one format, whoever writes it"
+        )
+
+
+def test_a_save_that_fails_in_the_background_is_told_once(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, tensors(), {})
+    writer.wait()
+    writer.save(2, tensors(float("nan")), {})
+    with pytest.raises(ModelError, match="step 2 not written: model tensor w is not finite"):
+        writer.wait()
+    assert writer.failure() is None
+    writer.save(3, tensors(), {})
+    writer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint_name(1), checkpoint_name(3)]
+    writer.save(4, tensors(float("inf")), {})
+    end = time.monotonic() + 30
+    while (failure := writer.failure()) is None and time.monotonic() < end:  # a loop looks, and does not wait
+        time.sleep(0.01)
+    assert failure is not None
+    writer.save(5, tensors(), {})
+    writer.close()
+    assert load_checkpoint(tmp_path / checkpoint_name(5)).step == 5
+
+
+def test_a_full_disk_is_noticed_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, tensors(), {})
+    writer.wait()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    writer.save(2, tensors(), {})
+    with pytest.raises(ModelError, match="no space left"):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint_name(1)]
+
+
+def test_saving_stalls_training_by_a_small_part_of_the_writing(tmp_path: Path) -> None:
+    """64 MB; the first save also gets the memory for its copy. docs/performance.md has figures of an idle machine."""
+    large = {"model": {f"w{i}": torch.randn(1000, 1000) for i in range(16)}}
+    writer = CheckpointWriter(tmp_path / "background")
+    stalls, writes = [], []
+    for step in range(1, 5):
+        start = time.perf_counter()
+        writer.save(step, large, {})
+        stalls.append(time.perf_counter() - start)
+        writer.wait()
+        start = time.perf_counter()
+        save_checkpoint(tmp_path / "now", step, large, {})
+        writes.append(time.perf_counter() - start)
+    assert min(stalls[1:]) < 0.5 * min(writes)

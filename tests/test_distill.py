@@ -675,7 +675,7 @@ def newest_step(checkpoints: Path) -> int:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_stop_signal_saves_and_exits_with_its_code(settings: dict[str, Any], number: int, code: int) -> None:
     settings |= {"steps": 5000, "save_every": 5000, "workers": 1}
     command = [sys.executable, "train/distill.py", *flags(settings)]

@@ -162,8 +162,8 @@ def _refuse_duplicate_keys(path: Path) -> None:
 def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], description: str, recipe: str) -> NoReturn:
     """Parses, runs, and turns every error a user can cause into one line and an exit code.
 
-    Exit codes: 0 done; 1 data, model, checkpoint or disk error; 2 wrong setting or launch; 130 or 143 stopped by Ctrl-C
-    or SIGTERM, after saving where there was something to save.
+    Exit codes: 0 done; 1 data, model, checkpoint or disk error; 2 wrong setting or launch; 130, 143 or 138 stopped by
+    Ctrl-C, SIGTERM or SIGUSR1, after saving where there was something to save.
     """
     from train.launching import PeerError, explain_lost_peer
 

@@ -12,7 +12,8 @@ Optional further terms match hidden states (tokens after chosen blocks) and toke
 
 Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
 checkpoints/, results.jsonl, and export/ (the student as safetensors and as an open_clip folder, with a model card).
-The run continues by itself when the same command is started again; Ctrl-C and SIGTERM save first (exit code 130, 143).
+The run continues by itself when the same command is started again; Ctrl-C, SIGTERM and SIGUSR1 save first (exit
+code 130, 143, 138).
 
 Cost per image: one teacher forward and one student forward and backward (RN50: 49 GFLOP; ViT-B/16: 140 GFLOP).
 """
@@ -262,12 +263,11 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
     reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
 
-    def save(step: int) -> None:
+    saver = loop.Saver(guarded, config, agreement, resources)
+
+    def save(step: int, *, wait: bool) -> None:
         reports = reports_before + gather_object([stream.report()])
-        with agreement.together():
-            if rank == 0:
-                facts = {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}
-                loop.write_checkpoint(step, guarded, config, facts)
+        saver.save(step, {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}, wait=wait)
 
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
@@ -277,12 +277,12 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     for step in range(first, total + 1):
         last = step == total
         if step > first and (last or step % config.save_every == 0):
-            save(step)
+            save(step, wait=last)
         if last:
             break
 
         # Fetch, then agree: nobody enters a step that another rank cannot take.
-        failure: DataError | None = None
+        failure: DataError | ModelError | None = saver.failure()
         with progress.waiting():
             try:
                 batch = next(batches)
@@ -290,7 +290,9 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 failure = error
         if stop := agreement.settle(failure, signals.received):
             if step > first and step % config.save_every:
-                save(step)
+                save(step, wait=True)
+            else:
+                saver.wait()
             raise loop.stopped(stop, step, first, total, out)
 
         # One optimiser step.

@@ -176,8 +176,13 @@ def _wait_for_main_process(seconds: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopSignals:
-    """SIGTERM and Ctrl-C set a flag that the loop obeys between steps; a second one three seconds later exits at once.
+    """SIGTERM, SIGUSR1 and Ctrl-C set a flag that the loop obeys between steps; a second one later exits at once.
+
+    SIGUSR1 is what batch systems are asked to send before a job's time is up (`sbatch --signal=USR1@180`).
 
     The three seconds are there because launchers forward the Ctrl-C that the terminal has already sent to each process.
     On Linux the death of the launcher counts as SIGTERM: `accelerate launch` dies of one without passing it on.
@@ -188,7 +193,7 @@ class StopSignals:
         self._first = 0.0
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         _signal_when_parent_dies(signal.SIGTERM)
         return self
 

@@ -24,7 +24,7 @@ from data.runs import Transform
 from data.stream import Stream, open_stream
 from data.tar import ShardSet
 from models import ModelError
-from models.checkpoints import Checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from models.checkpoints import Checkpoint, CheckpointWriter, load_optimizer_tensors, optimizer_tensors
 from train.common import ConfigError, Progress, RunFolder, StopRequested, checkpoint_to_continue, memory_mib
 from train.launching import Agreement
 
@@ -267,29 +267,65 @@ class GuardedStep:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(step: int, guarded: GuardedStep, config: Any, facts: Mapping[str, Any]) -> None:
-    """Saves, on rank 0 alone, all that `step` optimiser steps left: weights, optimiser, counts.
+class Saver:
+    """Saves, on rank 0 alone, all that some optimiser steps left: weights, optimiser, counts; in the background.
 
-    facts: what else the script must find again, as JSON; "data" is what `open_training_stream` gave.
-
-    Raises ModelError where it cannot be written; older checkpoints are kept.
+    Args:
+        guarded: what is trained.
+        config: its --out has the checkpoints, of which --keep stay.
+        agreement: of the loop.
     """
-    module, scaler = guarded.module, guarded.accelerator.scaler
-    tensors = {
-        "model": module.state_dict(),
-        "optimizer": optimizer_tensors(guarded.optimizer.optimizer, list(trained_parameters(module))),
-    }
-    content = {
-        "config": dataclasses.asdict(config),
-        **facts,
-        "skipped_steps": guarded.skipped,
-        # Dropout and its like draw from (seed, step, rank): there is no random state to keep.
-        "random": {"seed": config.seed, "rule": "torch.manual_seed(step_seed(seed, step, rank))"},
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "versions": versions(),
-        "world": guarded.accelerator.num_processes,
-    }
-    save_checkpoint(Path(config.out) / "checkpoints", step, tensors, content, keep=config.keep)
+
+    def __init__(
+        self, guarded: GuardedStep, config: Any, agreement: Agreement, resources: contextlib.ExitStack
+    ) -> None:
+        self._guarded, self._config, self._agreement = guarded, config, agreement
+        self._writer: CheckpointWriter | None = None
+        if agreement.rank == 0:
+            self._writer = CheckpointWriter(Path(config.out) / "checkpoints", keep=config.keep)
+            resources.callback(self._writer.close)  # whatever ends the run, a save that has begun is finished
+
+    def save(self, step: int, facts: Mapping[str, Any], *, wait: bool) -> None:
+        """Takes a copy of everything; `wait`: returns when it is on the disk, which the last save of a run must be.
+
+        facts: what else the script must find again, as JSON; "data" is what `open_training_stream` gave.
+
+        Raises ModelError on all ranks where this save or the one before could not be written; older ones are kept.
+        """
+        with self._agreement.together():
+            if self._writer is not None:
+                self._writer.save(step, *self._content(facts))
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises ModelError on all ranks for what could not be."""
+        with self._agreement.together():
+            if self._writer is not None:
+                self._writer.wait()
+
+    def _content(self, facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors and state of a checkpoint."""
+        guarded, scaler = self._guarded, self._guarded.accelerator.scaler
+        tensors = {
+            "model": guarded.module.state_dict(),
+            "optimizer": optimizer_tensors(guarded.optimizer.optimizer, list(trained_parameters(guarded.module))),
+        }
+        state = {
+            "config": dataclasses.asdict(self._config),
+            **facts,
+            "skipped_steps": guarded.skipped,
+            # Dropout and its like draw from (seed, step, rank): there is no random state to keep.
+            "random": {"seed": self._config.seed, "rule": "torch.manual_seed(step_seed(seed, step, rank))"},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "versions": versions(),
+            "world": guarded.accelerator.num_processes,
+        }
+        return tensors, state
+
+    def failure(self) -> ModelError | None:
+        """What went wrong in the background since the last call, on rank 0; costs nothing."""
+        return self._writer.failure() if self._writer is not None else None
 
 
 def stopped(number: int, step: int, first: int, total: int, out: Path) -> StopRequested:
