@@ -330,6 +330,8 @@ def probe(
 
     # --- Heads --------------------------------------------------------------------------------------------------------
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if config.mlp_layers and precision is torch.float16:
+        raise ConfigError("--mlp_layers in fp16: small gradients underflow; launch with --mixed_precision bf16 or no")
     values = axes(config)
     with agreement.together():
         transform_of_features = None
