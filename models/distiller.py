@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -114,6 +115,25 @@ class Distiller(nn.Module):
     def _distance(self, features: Tensor, projector: nn.Module, target: Tensor) -> Tensor:
         weight, bias = (projector.weight, projector.bias) if isinstance(projector, nn.Linear) else (None, None)
         return projected_distill_loss(features, weight, bias, target, self.kind, kernel=self.kernel)
+
+
+def distillation_terms(
+    model: nn.Module,
+    distiller: Distiller,
+    teacher: Encoder,
+    images: Tensor,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> dict[str, Tensor]:
+    """What `distiller` returns for images, with the teacher's forward pass before it, and `teacher_norm`.
+
+    Args:
+        model: `distiller` as it is to be called in training, which takes care of its own precision.
+        images: [N, 3, S, S] in [0, 1].
+        autocast: makes the context that the teacher runs in.
+    """
+    with torch.no_grad(), autocast():
+        target = teacher.intermediates(images, distiller.hidden_blocks, distiller.gram_blocks)
+    return {**model(images, target), "teacher_norm": target.features.float().norm(dim=-1).mean()}
 
 
 def _projector(student: Tensor, teacher: Tensor) -> nn.Module:

@@ -1,17 +1,24 @@
 """Command line, schedule, run folder and launch guards of the training scripts."""
 
 import dataclasses
+import datetime
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from data import DataError
 from train.common import (
     RECIPES,
     ROOT,
@@ -22,6 +29,7 @@ from train.common import (
     step_seed,
 )
 from train.distill import Config
+from train.launching import Agreement, PeerError
 
 
 def parse(*argv: str) -> Config:
@@ -178,7 +186,7 @@ def test_help_answers_without_importing_torch() -> None:
         ),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 has no effect on a CPU"),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported"),
-        ([], {"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
         (["--batch_size", "0"], {}, "--batch_size must be at least 1"),
         (["--nonsense"], {}, "nonsense"),
     ],
@@ -201,6 +209,7 @@ def test_wrong_launches_exit_2_with_one_line(
         ("train/launch/gpu_1_bf16.yaml", 1, 1, "bf16"),
         ("train/launch/gpu_8_bf16.yaml", 8, 1, "bf16"),
         ("train/launch/gpu_2x8_bf16.yaml", 16, 2, "bf16"),
+        ("train/launch/fsdp2_2x8_bf16.yaml", 16, 2, "bf16"),
     ],
 )
 def test_launch_files_are_what_they_say(name: str, processes: int, machines: int, precision: str) -> None:
@@ -279,66 +288,79 @@ def test_metrics_rows_survive_a_cut_line_and_are_forgotten_after_the_checkpoint(
     assert rows[1]["loss"] is None
 
 
+def say(act: Callable[[int], str], rank: int, store: Path, told: Connection) -> None:
+    """One of the processes of `said_by_two_ranks`."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    told.send(act(rank))
+    os._exit(0)  # the store file's owner need not wait for the other process
+
+
+def said_by_two_ranks(act: Callable[[int], str], store: Path) -> list[str]:
+    """What `act(rank)` returns in two processes that are a process group; "" for one that ended without a word."""
+    fork = multiprocessing.get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    ranks = [fork.Process(target=say, args=(act, rank, store, pipes[rank][1])) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    said = []
+    try:
+        for process, (read, write) in zip(ranks, pipes, strict=True):
+            write.close()
+            process.join(60)
+            try:
+                said.append(read.recv() if read.poll() else "still running")
+            except EOFError:
+                said.append("")
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    return said
+
+
 def test_ranks_that_see_other_files_end_together(tmp_path: Path) -> None:
     """The first meeting agrees; at the second rank 1 sees something else: it says so, rank 0 only ends."""
-    code = (
-        "import sys, torch.distributed as dist\n"
-        "from data import DataError\n"
-        "from train.launching import Agreement, PeerError\n"
-        "rank = int(sys.argv[1])\n"
-        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
-        "agreement = Agreement(rank, 2)\n"
-        "agreement.same(['a', 1], 'shards')\n"
-        "try:\n"
-        "    agreement.same(['a', rank], 'shards')\n"
-        "except (DataError, PeerError) as error:\n"
-        "    print(type(error).__name__, error)\n"
-    )
-    command = [sys.executable, "-c", code]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=120)[0].strip() for process in ranks]
+
+    def meet_twice(rank: int) -> str:
+        agreement = Agreement(rank, 2)
+        agreement.same(["a", 1], "shards")
+        try:
+            agreement.same(["a", rank], "shards")
+        except (DataError, PeerError) as error:
+            return f"{type(error).__name__} {error}".strip()
+        return "agreed"
+
+    said = said_by_two_ranks(meet_twice, tmp_path / "store")
     assert said == ["PeerError", "DataError shards here are not those of rank 0; give all machines the same files"]
 
 
 @pytest.mark.parametrize(
-    ("rank_1", "patience", "expected"),
+    ("delay", "patience", "expected"),
     [
-        ("os._exit(1)", 600, r"another process ended without a word \(.*\); look for its last lines"),
-        ("os.kill(os.getpid(), 9)", 600, r"another process ended without a word \(.*\)"),
-        ("time.sleep(8)", 2, r"another process gave no sign of life in time \(Timed out waiting 2000ms .*\)"),
-        ("time.sleep(3)", 600, "all here"),
+        (lambda: os._exit(1), 600, r"another process ended without a word \(.*\); look for its last lines"),
+        (lambda: os.kill(os.getpid(), 9), 600, r"another process ended without a word \(.*\)"),
+        (lambda: time.sleep(8), 2, r"another process gave no sign of life in time \(Timed out waiting 2000ms .*\)"),
+        (lambda: time.sleep(3), 600, "all here"),
     ],
+    ids=["ends", "is killed", "too slow", "slow"],
 )
 def test_a_lost_rank_is_noticed_and_a_slow_one_waited_for(
-    rank_1: str, patience: int, expected: str, tmp_path: Path
+    delay: Callable[[], None], patience: int, expected: str, tmp_path: Path
 ) -> None:
     """A process that dies is noticed at once, whatever the patience; one that works on, only when it runs out."""
-    code = (
-        "import datetime, os, sys, time, torch.distributed as dist\n"
-        "from train.launching import Agreement, PeerError\n"
-        "rank = int(sys.argv[1])\n"
-        "dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)\n"
-        f"agreement = Agreement(rank, 2, datetime.timedelta(seconds={patience}))\n"
-        "agreement.settle(None)\n"
-        "start = time.monotonic()\n"
-        "if rank == 1:\n"
-        f"    {rank_1}\n"
-        "try:\n"
-        "    agreement.settle(None)\n"
-        "    print(0, 'all here', flush=True)\n"
-        "except PeerError as error:\n"
-        "    print(round(time.monotonic() - start, 1), error, flush=True)\n"
-        "os._exit(0)\n"  # the store file's owner need not wait for the other process
-    )
-    command = [sys.executable, "-c", code]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = [process.communicate(timeout=120)[0].strip() for process in ranks]
-    seconds, _, line = said[0].partition(" ")
-    assert re.fullmatch(expected + ".*", line), said
+
+    def settle_twice(rank: int) -> str:
+        agreement = Agreement(rank, 2, datetime.timedelta(seconds=patience))
+        agreement.settle(None)
+        start = time.monotonic()
+        if rank == 1:
+            delay()
+        try:
+            agreement.settle(None)
+        except PeerError as error:
+            return f"{time.monotonic() - start:.1f} {error}"
+        return "0 all here"
+
+    seconds, _, line = said_by_two_ranks(settle_twice, tmp_path / "store")[0].partition(" ")
+    assert re.fullmatch(expected + ".*", line), line
     assert float(seconds) < 7

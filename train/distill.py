@@ -46,7 +46,14 @@ from train.common import (
     run_script,
     step_seed,
 )
-from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator, start_tracker
+from train.launching import (
+    PATIENCE_BETWEEN_STEPS,
+    Agreement,
+    StopSignals,
+    sharding_asked_for,
+    start_accelerator,
+    start_tracker,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +114,7 @@ class Config:
     resume: str = option(
         "auto", "auto = continue from the newest valid checkpoint in --out; none = start; PATH = that one"
     )
+    sync_batch_norm: bool = option(False, "batch-norm statistics over all GPUs' images, not those of each GPU")
     tracker: Tracker = option("none", "experiment tracker, through accelerate; metrics.jsonl is written in any case")
 
     def __post_init__(self) -> None:
@@ -157,6 +165,7 @@ def main(config: Config) -> dict[str, Any]:
 def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
+    sharding = sharding_asked_for()
     accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
@@ -171,9 +180,10 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     from accelerate.utils import gather_object
 
     from data import demo
+    from data.prefetch import Prefetch
     from data.transforms import TrainTransform, unit_interval
     from kernels.dispatch import use_triton
-    from models.distiller import Distiller
+    from models.distiller import Distiller, distillation_terms
     from models.encoders import load_encoder
     from models.export import export_student
     from models.initialise import copy_attention, freeze_norm_stats, reset_parameters
@@ -218,6 +228,12 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             freeze_norm_stats(student, teacher)
         if checkpoint is not None:
             load_into(distiller, checkpoint.tensors["model"], checkpoint.path)
+        if config.sync_batch_norm:
+            loop.synchronise_batch_norm(distiller, accelerator)
+        if sharding is not None:
+            from train.sharding import require_shardable
+
+            require_shardable(distiller)
     teacher = teacher.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     distiller = distiller.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(loop.trained_parameters(distiller).values())
@@ -226,17 +242,15 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     log.info("student  %s: %d features, %.2f M parameters", student.name, student.feature_dim, size)
 
     # --- Optimiser ----------------------------------------------------------------------------------------------------
-    # Fused: one kernel, and the only form that can skip a non-finite step on the device.
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if state is not None:
         loop.restore_on_all_ranks(distiller, optimizer, checkpoint, agreement)
     checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
     if config.compile:
         teacher.compile()
-        distiller.compile()
-    # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
-    model, prepared_optimizer = accelerator.prepare(distiller, optimizer)
-    guarded = loop.GuardedStep(accelerator, distiller, prepared_optimizer, config.clip, state)
+    guarded = loop.GuardedStep(
+        accelerator, distiller, optimizer, config.clip, state, sharding=sharding, compiled=config.compile
+    )
 
     # --- Data ---------------------------------------------------------------------------------------------------------
     with agreement.together():  # one process of each machine builds the demo, the others then find it
@@ -264,16 +278,16 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
 
     saver = loop.Saver(guarded, config, agreement, resources)
+    batches = Prefetch(stream, device)
 
     def save(step: int, *, wait: bool) -> None:
-        reports = reports_before + gather_object([stream.report()])
+        reports = reports_before + gather_object([batches.report()])
         saver.save(step, {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}, wait=wait)
 
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
-    batches = iter(stream)
     for step in range(first, total + 1):
         last = step == total
         if step > first and (last or step % config.save_every == 0):
@@ -298,16 +312,12 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         # One optimiser step.
         guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total, config.restart_every))
         torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
-        images = unit_interval(batch["image"].to(device))
+        images = unit_interval(batch["image"])
         terms: dict[str, Tensor] = {}
         pieces = images.tensor_split(min(config.accumulate, len(images)))  # unusable samples may leave fewer rows
-        for piece in pieces:
-            synced = contextlib.nullcontext() if piece is pieces[-1] else accelerator.no_sync(model)
-            with synced:
-                with torch.no_grad(), accelerator.autocast():
-                    target = teacher.intermediates(piece, distiller.hidden_blocks, distiller.gram_blocks)
-                values = model(piece, target)
-                values["teacher_norm"] = target.features.float().norm(dim=-1).mean()
+        for number, piece in enumerate(pieces, start=1):
+            with guarded.piece(last=number == len(pieces)):
+                values = distillation_terms(guarded.model, distiller, teacher, piece, accelerator.autocast)
                 # Each row weighs 1/batch_size even where unusable samples left a batch short.
                 share = len(piece) / local_rows
                 accelerator.backward(values["loss"] * share)
@@ -315,8 +325,10 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 terms[key] = terms.get(key, 0) + value.detach() * share
         norm = guarded.finish()
         progress.step_done(step)
+        with progress.waiting():
+            batches.fetch()
 
-        # Log. Nothing above waits for the device except the copy of the batch to it.
+        # Log. Nothing above waits for the device.
         due = step % config.log_every == 0 or step + 1 == total
         if due:
             final = loop.log_row(step, stream, terms, norm, guarded, progress)
@@ -329,8 +341,10 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
 
     # --- End ----------------------------------------------------------------------------------------------------------
     # One report per start and rank: samples delivered, unusable ones by reason.
-    data_reports = reports_before + gather_object([stream.report()])
-    if rank == 0 and folder is not None:
+    data_reports = reports_before + gather_object([batches.report()])
+    trained = guarded.trained()
+    if folder is not None and trained is not None:
+        assert isinstance(trained, Distiller)
         if state_sha256(teacher.cpu().state_dict()) != teacher_hash:
             raise ModelError("the teacher's weights changed during the run; its results are not to be used")
         rows = folder.metrics()
@@ -349,14 +363,14 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             "date": datetime.date.today().isoformat(),
             **{name: final[name] for name in ("loss", "feature", "hidden", "gram") if name in final},
         }
-        for reason in export_student(student.cpu(), out / "export", card=card, source=teacher):
+        for reason in export_student(trained.student, out / "export", card=card, source=teacher):
             log.info("export   no open_clip folder: %s", reason)
-        if isinstance(distiller.projector, torch.nn.Linear):
+        if isinstance(trained.projector, torch.nn.Linear):
             # The student's features times this are the teacher's; the student alone is what is published.
-            projector = {k: v.cpu() for k, v in distiller.projector.state_dict().items()}
+            projector = dict(trained.projector.state_dict())
             write_safetensors(out / "export" / "projector.safetensors", projector, {"teacher": teacher.name})
         log.info("written  %s: weights in export/, curve in loss.png", out)
-        weights_hash = state_sha256(student.tower.state_dict())
+        weights_hash = state_sha256(trained.student.tower.state_dict())
         if final and not any(row.get("weights_sha256") == weights_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
@@ -372,7 +386,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 seed=config.seed,
                 device=str(device),
             )
-    accelerator.end_training()
+    guarded.end()
     return {**final, "total_steps": total, "data_reports": data_reports}
 
 

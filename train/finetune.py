@@ -47,7 +47,7 @@ from train.common import (
     run_script,
     step_seed,
 )
-from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator
+from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, sharding_asked_for, start_accelerator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,6 +89,7 @@ class Config:
     save_every: int = option(1000, "steps between checkpoints; one more is always saved at the end")
     keep: int = option(2, "newest checkpoints kept")
     out: str = option("runs/finetune", "run folder")
+    sync_batch_norm: bool = option(False, "batch-norm statistics over all GPUs' images, not those of each GPU")
     resume: str = option("auto", "auto = continue from the newest valid checkpoint; none = start; PATH = that one")
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ def main(config: Config) -> dict[str, Any]:
 def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
+    sharding = sharding_asked_for()
     accelerator = start_accelerator(None, out)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
@@ -176,9 +178,10 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     from accelerate.utils import gather_object
 
     from data import demo
+    from data.prefetch import Prefetch
     from data.tar import find_shards
     from data.transforms import TrainTransform, unit_interval
-    from models.encoders import load_encoder
+    from models.encoders import Encoder, load_encoder
     from models.export import export_student
     from models.heads import load_head, save_head
     from models.initialise import freeze_norm_stats
@@ -212,6 +215,8 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         if head.metadata.get("encoder_sha256", start["encoder_sha256"]) != start["encoder_sha256"]:
             made_for = head.metadata.get("encoder")
             raise ModelError(f"{config.head} was made for {made_for}, whose weights are not those of {config.encoder}")
+        if state and "epoch_sums" not in state:
+            raise ConfigError(f"{config.out}: its checkpoint is of an earlier version, which kept no sums of the epoch")
         if state and state["start"] != start:
             raise ConfigError(f"{config.encoder}, {config.head}: not the weights that the checkpoint began with")
         classifier = make_classifier(encoder, head, config.label_smoothing).train()
@@ -222,6 +227,12 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 raise ConfigError(f"--norm_stats frozen: {error}; use own") from None
         if checkpoint is not None:
             load_into(classifier, checkpoint.tensors["model"], checkpoint.path)
+        if config.sync_batch_norm:
+            loop.synchronise_batch_norm(classifier, accelerator)
+        if sharding is not None:
+            from train.sharding import require_shardable
+
+            require_shardable(classifier)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(loop.trained_parameters(classifier).values())
     size = sum(map(torch.numel, parameters)) / 1e6
@@ -231,16 +242,13 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         log.info("         the shards do not name their classes: label 0 is taken for %r", head.classes[0])
 
     # --- Optimiser ----------------------------------------------------------------------------------------------------
-    # Fused: one kernel, and the only form that can skip a non-finite step on the device.
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if state is not None:
         loop.restore_on_all_ranks(classifier, optimizer, checkpoint, agreement)
     checkpoint = None  # its tensors are windows on files: let go of them before the files are removed
-    if config.compile:
-        classifier.compile()
-    # Only these two: a prepared loader loses samples, a prepared scheduler steps once per process.
-    model, prepared_optimizer = accelerator.prepare(classifier, optimizer)
-    guarded = loop.GuardedStep(accelerator, classifier, prepared_optimizer, config.clip, state)
+    guarded = loop.GuardedStep(
+        accelerator, classifier, optimizer, config.clip, state, sharding=sharding, compiled=config.compile
+    )
 
     # --- Batches ------------------------------------------------------------------------------------------------------
     with agreement.together():
@@ -265,17 +273,17 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         return [sum(values) for values in zip(*gather_object([epoch_sums.tolist()]), strict=True)]
 
     saver = loop.Saver(guarded, config, agreement, resources)
+    batches = Prefetch(stream, device)
 
     def save(step: int, *, wait: bool) -> None:
         sums = sums_of_all_ranks()
-        reports = reports_before + gather_object([stream.report()])
+        reports = reports_before + gather_object([batches.report()])
         saver.save(step, {"data": here, "data_reports": reports, "epoch_sums": sums, "start": start}, wait=wait)
 
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
-    batches = iter(stream)
     for step in range(first, total + 1):
         last = step == total
         if step > first and (last or step % config.save_every == 0):
@@ -305,14 +313,13 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         # One optimiser step.
         guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total))
         torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
-        images, labels = unit_interval(batch["image"].to(device)), batch["label"].to(device)
+        images, labels = unit_interval(batch["image"]), batch["label"].to(device)
         terms: dict[str, Tensor] = {}
         count = min(config.accumulate, len(images))  # unusable samples may leave fewer rows
         pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
         for number, (piece, answers) in enumerate(pieces, start=1):
-            synced = contextlib.nullcontext() if number == count else accelerator.no_sync(model)
-            with synced:
-                values = model(piece, answers)
+            with guarded.piece(last=number == count):
+                values = guarded.model(piece, answers)
                 # Each row weighs 1/batch_size even where unusable samples left a batch short.
                 share = len(piece) / local_rows
                 accelerator.backward(values["loss"] * share)
@@ -325,8 +332,10 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         of_batch = torch.stack([loss_sum, right, norm.new_full((), len(images))])
         epoch_sums += of_batch.where(torch.isfinite(norm), 0)  # a skipped step is none
         progress.step_done(step)
+        with progress.waiting():
+            batches.fetch()
 
-        # Log. Nothing above waits for the device except the copy of the batch to it.
+        # Log. Nothing above waits for the device.
         due = step % config.log_every == 0 or step + 1 == total
         if due:
             final = loop.log_row(step, stream, terms, norm, guarded, progress)
@@ -337,18 +346,20 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
 
     # --- End ----------------------------------------------------------------------------------------------------------
     # One report per start and rank: samples delivered, unusable ones by reason.
-    data_reports = reports_before + gather_object([stream.report()])
+    data_reports = reports_before + gather_object([batches.report()])
     # As training saw them: weights of each step, dropout, smoothed labels. --steps may end the epoch before its end.
     *totals, images_counted = sums_of_all_ranks()
     loss, accuracy = (amount / images_counted if images_counted else math.nan for amount in totals)
     last_epoch = {"last_epoch_loss": loss, "last_epoch_accuracy": accuracy, "last_epoch_n": round(images_counted)}
-    if rank == 0 and folder is not None:
+    trained = guarded.trained()
+    if folder is not None and trained is not None:
         rows = folder.metrics()
         if rows:
             final = final or rows[-1]  # nothing was left to do: the last start ended between its last save and here
             draw_loss(rows, out)
-        classifier.cpu()
-        weight, bias = classifier.get_parameter("weight"), classifier.get_parameter("bias")
+        weight, bias = trained.get_parameter("weight"), trained.get_parameter("bias")
+        assert isinstance(trained.encoder, Encoder)
+        encoder = trained.encoder
         encoder_hash = state_sha256(encoder.state_dict())
         facts: dict[str, Any] = {
             "source": "fine-tuned end to end on labels, encoder and head together",
@@ -383,7 +394,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 config=dataclasses.asdict(config),
                 device=str(device),
             )
-    accelerator.end_training()
+    guarded.end()
     return {**final, **last_epoch, "total_steps": total, "data_reports": data_reports}
 
 

@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,48 @@ if TYPE_CHECKING:
 # ----------------------------------------------------------------------------------------------------------------------
 # Launch
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+# What accelerate's launcher can ask for beside sharding, and what must not be asked for here: variable, value, reason.
+_REFUSED = [
+    ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params is not supported"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "--fsdp_activation_checkpointing is not supported"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "FSDP with fp16 is not supported; use bf16 or no"),
+]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How to shard.
+
+    Attributes:
+        reshard_after_forward: free a block's parameters after its forward pass and gather them again for the backward
+            pass (less memory), or keep them in between (less traffic).
+    """
+
+    reshard_after_forward: bool
+
+
+def sharding_asked_for(environment: MutableMapping[str, str] = os.environ) -> Sharding | None:
+    """What `accelerate launch --use_fsdp` asked for, None without it; takes the request out of the environment.
+
+    The rest of accelerate then sees a data-parallel run. To be called before `start_accelerator`, which refuses a
+    request that nobody took.
+
+    Raises LaunchError for what is asked for beside it and not supported.
+    """
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise LaunchError("FSDP version 1 is not supported; launch with --fsdp_version 2")
+    for variable, value, reason in _REFUSED:
+        if environment.get(variable, "").lower() == value:
+            raise LaunchError(reason)
+    if int(environment.get("WORLD_SIZE", 1)) == 1:
+        raise LaunchError("--use_fsdp with one process has nothing to shard; launch without it")
+    del environment["ACCELERATE_USE_FSDP"]
+    # accelerate's own default, FULL_SHARD in version 1, is the same thing.
+    return Sharding(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
 
 
 def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
@@ -48,7 +91,7 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
     has_gpu = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise LaunchError("FSDP is not supported by this script; launch without --use_fsdp (data parallel)")
+        raise LaunchError("FSDP is for distill.py and finetune.py; launch this script without --use_fsdp")
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise LaunchError("DeepSpeed is not supported by this script; launch without --use_deepspeed (data parallel)")
     if precision not in ("no", "bf16", "fp16"):

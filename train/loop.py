@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from data.rows import versions
@@ -26,7 +26,7 @@ from data.tar import ShardSet
 from models import ModelError
 from models.checkpoints import Checkpoint, CheckpointWriter, load_optimizer_tensors, optimizer_tensors
 from train.common import ConfigError, Progress, RunFolder, StopRequested, checkpoint_to_continue, memory_mib
-from train.launching import Agreement
+from train.launching import Agreement, Sharding
 
 # A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
 MAX_NONFINITE_STEPS = 25
@@ -61,6 +61,17 @@ def open_run(
     return folder, checkpoint
 
 
+def synchronise_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
+    """Makes batch norm use the statistics of all GPUs' images in training, in place; names of weights stay.
+
+    Raises ConfigError on a CPU, for which torch has none.
+    """
+    if accelerator.device.type != "cuda":
+        raise ConfigError("--sync_batch_norm needs GPUs: torch has no synchronised batch norm for a CPU")
+    if accelerator.num_processes > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
 def restore_on_all_ranks(
     module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None, agreement: Agreement
 ) -> None:
@@ -76,7 +87,9 @@ def restore_on_all_ranks(
     trained = trained_parameters(module)
     with agreement.together():
         # Other ranks only need the right shapes: rank 0's values are sent to them.
-        template = {f"{name}/{key}": p.cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+        template = {
+            f"{name}/{key}": p.detach().cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
+        }
         template |= {f"{name}/step": torch.tensor(0.0) for name in trained}
         load_optimizer_tensors(optimizer, list(trained), checkpoint.tensors["optimizer"] if checkpoint else template)
     agreement.broadcast([*module.state_dict().values(), *optimizer_tensors(optimizer, list(trained)).values()])
@@ -189,27 +202,50 @@ class GuardedStep:
     Weights, moments and batch-norm statistics are then what they were. All of it is decided on the device: only
     `skipped`, and `check` where it is due, wait for it.
 
-        step.begin(lr)
-        ...                     # losses, and accelerator.backward of them
-        norm = step.finish()
+        guarded.begin(lr)
+        for each piece of the batch:
+            with guarded.piece(last=...):
+                accelerator.backward(guarded.model(...) * share)
+        norm = guarded.finish()
 
     Args:
-        module: what is trained, and saved, as it was before accelerator.prepare.
-        optimizer: prepared; around a fused optimiser, the only form that can skip a step on the device.
+        module: what is trained, and saved: whole, on its device and equal on all ranks.
+        optimizer: over its trained parameters, fused: the only form that can skip a step on the device.
         clip: largest gradient norm.
         state: that of the checkpoint to continue, None for a new run.
+        sharding: how to spread module and optimiser over the ranks; None for a copy of both on each of them.
+        compiled: compile the module.
+
+    Attributes:
+        model: `module` as it is to be called in training; each call and its backward pass belong into one `piece`.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         module: nn.Module,
-        optimizer: AcceleratedOptimizer,
+        optimizer: torch.optim.Optimizer,
         clip: float,
         state: Mapping[str, Any] | None,
+        *,
+        sharding: Sharding | None = None,
+        compiled: bool = False,
     ) -> None:
-        self.accelerator, self.module, self.optimizer = accelerator, module, optimizer
+        self.accelerator, self.module, self.sharding = accelerator, module, sharding
         self.lr = 0.0
+        # Only module and optimiser are prepared: a prepared loader loses samples, a prepared scheduler steps once per
+        # process.
+        if sharding is None:
+            if compiled:
+                module.compile()
+            self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        else:
+            from train.sharding import shard, shell  # a second's import that few runs need
+
+            self._shell = shell(module) if accelerator.is_main_process else None
+            self.optimizer = accelerator.prepare(optimizer)
+            self.model = accelerator.prepare_model(module, evaluation_mode=True)  # mixed precision, not DDP
+            shard(module, optimizer, sharding, compiled=compiled)
         self._clip, self._parameters = clip, list(trained_parameters(module).values())
         self._statistics = BatchStatistics(module)
         self._nonfinite = torch.zeros((), device=accelerator.device)
@@ -226,10 +262,28 @@ class GuardedStep:
             group["lr"] = lr
         self._statistics.snapshot()
 
+    @contextlib.contextmanager
+    def piece(self, *, last: bool) -> Iterator[None]:
+        """Around forward and backward pass of a piece of the batch: ranks exchange gradients in the last one only."""
+        if self.sharding is not None:
+            from train.sharding import synchronise_gradients
+
+            synchronise_gradients(self.model, last)
+            yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
+
     def finish(self) -> Tensor:
         """After the step's last backward pass. Returns the gradient's norm before clipping, a scalar on the device."""
         norm = self.accelerator.clip_grad_norm_(self._parameters, self._clip)
         assert norm is not None
+        if self.sharding is not None:
+            from train.sharding import gathered
+
+            norm = gathered(norm)
         bad = (~torch.isfinite(norm)).float()
         if self.accelerator.scaler is None:  # which has its own way of skipping
             self.optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -239,6 +293,41 @@ class GuardedStep:
         self._nonfinite += bad
         self._nonfinite_in_a_row = (self._nonfinite_in_a_row + 1) * bad
         return norm
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """State of module and optimiser, whole: the module's own, or copies on rank 0. All ranks must call it."""
+        names = list(trained_parameters(self.module))
+        groups = {
+            "model": self.module.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, names),
+        }
+        if self.sharding is None:
+            return groups
+        from train.sharding import whole
+
+        keep = self.accelerator.is_main_process
+        return {group: {name: whole(t, keep) for name, t in entries.items()} for group, entries in groups.items()}
+
+    def trained(self) -> nn.Module | None:
+        """After the last step: the module, whole, on the CPU; None on ranks that do not have it. All must call it."""
+        if self.sharding is None:
+            return self.module.cpu()
+        state = self.tensors()["model"]
+        if self._shell is not None:
+            self._shell.load_state_dict(state)
+        return self._shell
+
+    def end(self) -> None:
+        """After everything else, ends the run's trackers and its process group; `model` is gone then.
+
+        The wrapper around the module goes first. If it outlived the group, its destructor would end the group, with
+        Python's lock held, for which a thread of gloo that lets go of its last tensors may just be waiting: a rank
+        would hang there for good (seen with torch 2.11).
+        """
+        del self.model
+        self.accelerator.free_memory()
+        gc.collect()  # of what forms cycles with it
+        self.accelerator.end_training()
 
     @property
     def skipped(self) -> int:
@@ -292,9 +381,10 @@ class Saver:
 
         Raises ModelError on all ranks where this save or the one before could not be written; older ones are kept.
         """
+        tensors = self._guarded.tensors()
         with self._agreement.together():
             if self._writer is not None:
-                self._writer.save(step, *self._content(facts))
+                self._writer.save(step, tensors, self._state(facts))
         if wait:
             self.wait()
 
@@ -304,14 +394,10 @@ class Saver:
             if self._writer is not None:
                 self._writer.wait()
 
-    def _content(self, facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Tensors and state of a checkpoint."""
+    def _state(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Everything of a checkpoint that is no tensor."""
         guarded, scaler = self._guarded, self._guarded.accelerator.scaler
-        tensors = {
-            "model": guarded.module.state_dict(),
-            "optimizer": optimizer_tensors(guarded.optimizer.optimizer, list(trained_parameters(guarded.module))),
-        }
-        state = {
+        return {
             "config": dataclasses.asdict(self._config),
             **facts,
             "skipped_steps": guarded.skipped,
@@ -321,7 +407,6 @@ class Saver:
             "versions": versions(),
             "world": guarded.accelerator.num_processes,
         }
-        return tensors, state
 
     def failure(self) -> ModelError | None:
         """What went wrong in the background since the last call, on rank 0; costs nothing."""
