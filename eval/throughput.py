@@ -43,11 +43,11 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import loading, operations, sweep
+from eval import loading, operations, scaling, stepping, sweep
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
-HeadCounts = restricted_string_type("HeadCounts", r"^[1-9][0-9]*(,[1-9][0-9]*)*$", "numbers such as 8,52")
+Counts = restricted_string_type("Counts", r"^[1-9][0-9]*(,[1-9][0-9]*)*$", "numbers such as 8,52")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -59,6 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands.add_subcommand("data", _data())
     commands.add_subcommand("kernels", _kernels())
     commands.add_subcommand("probe", _probe())
+    commands.add_subcommand("step", _step())
+    commands.add_subcommand("scaling", _scaling())
     return parser.parse_args(arguments)
 
 
@@ -108,7 +110,7 @@ def _probe() -> Parser:
         command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
 
     add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
-    command.add_argument("--heads", type=HeadCounts, default="8,52", help="sizes of the grid, a measurement each")
+    command.add_argument("--heads", type=Counts, default="8,52", help="sizes of the grid, a measurement each")
     command.add_argument(
         "--precision", type=Literal["both", "fp32", "bf16"], default="both", help="types of the products"
     )
@@ -123,12 +125,58 @@ def _probe() -> Parser:
     return command
 
 
+def _step() -> Parser:
+    default = stepping.Config()
+    command = Parser(description="A whole step of distillation against the published one.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    add("teacher", str, "teacher architecture; weights are random, speed does not depend on them")
+    add("student", str, "student architecture (empty: the teacher's)")
+    add("data", str, "shards to stream, `demo` for the built-in digits (empty: synthetic images only)")
+    add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
+    add("precision", Literal["bf16", "no"], "mixed precision of ours; the published step is float32")
+    add("compile", bool, "torch.compile of teacher and student of ours")
+    add("batch_size", PositiveInt, "images of a step")
+    add("workers", NonNegativeInt, "decoding processes")
+    add("steps", PositiveInt, "timed steps of a run")
+    add("rounds", PositiveInt, "runs of each way, in turns")
+    add("rows", str, "file that the results are appended to")
+    add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
+    return command
+
+
+def _scaling() -> Parser:
+    default = scaling.Config()
+    command = Parser(description="The same step on several processes of this machine.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    command.add_argument("--processes", type=Counts, default="1,2", help="numbers of processes, 1 among them")
+    add("teacher", str, "architecture of teacher and student; weights are random")
+    add("device", Literal["cuda", "cpu"], "where; on a CPU one thread for each process")
+    add("precision", Literal["bf16", "no"], "mixed precision")
+    add("batch_size", PositiveInt, "images of a step on each process")
+    add("steps", PositiveInt, "timed steps of a run")
+    add("rounds", PositiveInt, "starts of each number of processes")
+    add("rows", str, "file that the results are appended to")
+    add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> object:
     """Runs one measurement."""
     parsed = parse(arguments)
     options = parsed[parsed.subcommand].as_dict()
     if parsed.subcommand == "kernels":
         return operations.main(operations.Config(**options))
+    if parsed.subcommand == "scaling":
+        processes = tuple(sorted({int(count) for count in options.pop("processes").split(",")}))
+        return scaling.main(scaling.Config(processes=processes, **options))
+    if parsed.subcommand == "step":
+        return stepping.main(stepping.Config(**options))
     if parsed.subcommand == "probe":
         heads = tuple(dict.fromkeys(int(count) for count in options.pop("heads").split(",")))
         precision = ("fp32", "bf16") if options["precision"] == "both" else (options["precision"],)

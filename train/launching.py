@@ -291,6 +291,23 @@ PATIENCE = datetime.timedelta(hours=24)
 PATIENCE_BETWEEN_STEPS = datetime.timedelta(hours=1)
 
 
+# A vote in one group goes around a ring: its time grows as the number of ranks, to that of a whole step at 512. Beyond
+# FLAT ranks the vote goes along the sides of a grid instead, at most SIDE long: 42 messages in a row at 512, not 1022.
+FLAT, SIDE = 16, 8
+
+
+def grid(world: int) -> list[int]:
+    """Sides of the grid on which `world` ranks vote: their product is `world`; one side where it cannot be divided."""
+    sides: list[int] = []
+    while world > FLAT or (sides and world > 1):
+        divisors = [side for side in range(2, SIDE + 1) if world % side == 0]
+        if not divisors:
+            break
+        sides.append(divisors[-1])
+        world //= divisors[-1]
+    return [*sides, world] if world > 1 or not sides else sides
+
+
 class Agreement:
     """Lets all ranks act on the same step, and fail together: votes and small messages over a CPU channel.
 
@@ -304,7 +321,17 @@ class Agreement:
         import torch.distributed as dist
 
         self.rank, self.world = rank, world
-        self.group = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
+        self._lines: list[
+            tuple[dist.ProcessGroup, int]
+        ] = []  # through this rank along each side, with their first rank
+        stride = 1
+        for side in grid(world) if world > 1 else []:
+            first = rank - rank // stride % side * stride
+            ranks = [first + place * stride for place in range(side)]
+            # Only the members of a group make it, else 512 ranks would make 192 groups one after the other.
+            group = dist.new_group(ranks, patience, backend="gloo", use_local_synchronization=True)
+            self._lines.append((group, first))
+            stride *= side
 
     def settle(self, error: Exception | None, signal_number: int = 0) -> int:
         """The largest signal number that any rank brings. If any brings an error, the lowest such rank raises its own.
@@ -332,13 +359,14 @@ class Agreement:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        if self.group is None:
+        if self.world == 1:
             return value
         import torch.distributed as dist
 
         values = [value]
         with self._listening():
-            dist.broadcast_object_list(values, src=0, group=self.group)
+            for group, first in self._lines:  # after each side those that lie at 0 along the later ones have it
+                dist.broadcast_object_list(values, src=first, group=group)
         return values[0]
 
     def same(self, value: Any, what: str) -> None:
@@ -353,7 +381,7 @@ class Agreement:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors, on their own device, with rank 0's."""
-        if self.group is None:
+        if self.world == 1:
             return
         import torch.distributed as dist
 
@@ -363,14 +391,15 @@ class Agreement:
             tensor.detach().copy_(contiguous)
 
     def _largest(self, *values: int) -> list[int]:
-        if self.group is None:
+        if self.world == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
         votes = torch.tensor(values)
         with self._listening():
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+            for group, _ in self._lines:
+                dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
         return [int(v) for v in votes]
 
     @contextlib.contextmanager

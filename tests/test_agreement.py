@@ -1,0 +1,51 @@
+"""Ranks that agree: votes and messages reach all of many ranks, along the sides of a grid."""
+
+import datetime
+import os
+import socket
+
+import pytest
+import torch
+from torch.multiprocessing import start_processes
+
+from data import DataError
+from train.launching import FLAT, SIDE, Agreement, PeerError, grid
+
+
+@pytest.mark.parametrize("world", [1, 2, 8, 15, 16, 17, 18, 24, 31, 32, 48, 64, 100, 128, 131, 512, 1000])
+def test_a_grid_holds_all_ranks_and_has_short_sides_where_it_can(world: int) -> None:
+    sides = grid(world)
+    product = 1
+    for side in sides:
+        product *= side
+    assert product == world
+    if world <= FLAT:
+        assert sides == [world]
+    if world in (24, 32, 48, 64, 128, 512):
+        assert max(sides) <= SIDE
+    assert sum(grid(512)) == 24
+
+
+def vote(rank: int, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    agreement = Agreement(rank, world, datetime.timedelta(seconds=100))
+    assert agreement.share({"from": rank}) == {"from": 0}
+    assert agreement.settle(None) == 0
+    for signalled in (0, 5, world - 1):
+        assert agreement.settle(None, 15 if rank == signalled else 0) == 15
+    # Two ranks fail: the lower one says why, and all others end.
+    failure = DataError(f"of {rank}") if rank in (world - 1, 7) else None
+    with pytest.raises(DataError if rank == 7 else PeerError, match="of 7" if rank == 7 else ""):
+        agreement.settle(failure)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_votes_reach_every_rank_of_a_grid() -> None:
+    """24 ranks: sides of 8 and 3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(vote, (24, port), nprocs=24, start_method="fork")

@@ -1,0 +1,20 @@
+#!/bin/bash
+# One machine's part of a job: train/launch/node.sh ARGUMENTS does what `accelerate launch ARGUMENTS` does, and hands
+# SIGTERM and SIGUSR1 to the training processes as SIGUSR1, so that they save and stop. For SLURM, and as a container's
+# command.
+#
+# Without it a stop signal ends badly: processes of torch's launcher have sessions of their own, which a signal to the
+# group of a SLURM task or of `tini -g` does not reach; the launcher itself dies of SIGUSR1, and passes SIGTERM on but
+# kills, 30 seconds later, what still saves.
+set -uo pipefail
+
+setsid accelerate launch "$@" & # a session of its own: a signal to our group is ours alone to pass on
+launcher=$!
+trap 'pkill -USR1 -P "$launcher"' TERM USR1
+
+# A signal interrupts `wait`.
+while kill -0 "$launcher" 2>/dev/null; do
+    wait "$launcher"
+    code=$?
+done
+exit "$code"
