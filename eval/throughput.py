@@ -3,6 +3,9 @@
     python eval/throughput.py data --data shards/train                          about two minutes on two cores
     python eval/throughput.py data --data shards/train --enlarge 375 --workers 0,2,4,8 --figure loading.png
     python eval/throughput.py kernels --suite full --figure kernels.png         about seven minutes on one GPU
+    python eval/throughput.py step --data shards/train --compile true --workers 14 --figure step.png     one GPU
+    python eval/throughput.py scaling --processes 1,2,4,8 --figure scaling.png                          eight GPUs
+    python eval/throughput.py forecast --images_per_second 4500                 at once; a model of 8, 64, 512 GPUs
     python eval/throughput.py probe --figure probe.png                          about a minute on one GPU
     python eval/throughput.py probe --device cpu --heads 48 --precision fp32    ten minutes on one CPU core
 
@@ -21,6 +24,14 @@ are medians over rounds with the 20th and 80th percentile. Every worker runs one
 `kernels` compares the fused operations of kernels/ with eager PyTorch, torch.compile and their peers, each against a
 floor computed from the device's measured rates and against its targets; kernels/bench.py says how. Ends with 1 if ours
 failed anywhere. With --device cpu it only rehearses, on small shapes.
+
+`step` compares a whole optimiser step of distillation, taken by the code of train/distill.py, with one written as the
+published code has it (float32, channels first, the loss read at every step), on synthetic images and, with --data, on
+streamed ones, after checking that both have the same losses. It says what share each part takes, what share of the
+measured rate of matrix products the step reaches (MFU), how long the device waits for data, what a checkpoint costs.
+
+`scaling` takes the same step on several processes of this machine: efficiency, what the exchange of gradients costs
+beside the backward pass, the vote before each step. `forecast` computes from such figures what 8, 64 and 512 GPUs need.
 
 `probe` compares a grid of linear heads trained at once (train/heads.py) with the same heads trained one after the other
 from the same cached features, with torch.optim.AdamW as it is by default and fused, after checking that both give the
@@ -43,7 +54,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import loading, operations, scaling, stepping, sweep
+from eval import forecast, loading, operations, scaling, stepping, sweep
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
@@ -61,6 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands.add_subcommand("probe", _probe())
     commands.add_subcommand("step", _step())
     commands.add_subcommand("scaling", _scaling())
+    commands.add_subcommand("forecast", _forecast())
     return parser.parse_args(arguments)
 
 
@@ -166,12 +178,43 @@ def _scaling() -> Parser:
     return command
 
 
+def _forecast() -> Parser:
+    default = forecast.Config()
+    command = Parser(description="Where a job of many GPUs is bound, from what one machine measured.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    command.add_argument("--gpus", type=Counts, default="8,64,512", help="numbers of GPUs")
+    add("gpus_per_node", PositiveInt, "GPUs of a machine")
+    add("images_per_second", PositiveFloat, "rate of one GPU (`step`)")
+    add("batch_size", PositiveInt, "images of a step on each GPU")
+    add("parameters", PositiveFloat, "trained parameters")
+    add("cores", PositiveInt, "CPU cores for each GPU")
+    add("decoded_per_core", PositiveFloat, "images that a core decodes in a second (`data`)")
+    add("image_kb", PositiveFloat, "mean size of an image file, kB")
+    add("images", PositiveInt, "images of the training set")
+    add("shards", PositiveInt, "its shards")
+    add("store_gb", PositiveFloat, "what the store of shards gives in all, GB/s")
+    add("nvlink_gb", PositiveFloat, "all-reduce bandwidth within a machine, GB/s (`scaling`)")
+    add("network_gb", PositiveFloat, "bandwidth between two machines, GB/s")
+    add("message_ms", PositiveFloat, "a small message between two processes, ms (half of a vote of two, `scaling`)")
+    add("disk_mb", PositiveFloat, "rate at which a checkpoint is written, MB/s (`step`)")
+    add("save_every", PositiveInt, "steps between checkpoints")
+    add("gpu_hours_per_failure", PositiveFloat, "GPU hours between two failures")
+    add("restart_minutes", PositiveFloat, "minutes from a failure until the job steps again")
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> object:
     """Runs one measurement."""
     parsed = parse(arguments)
     options = parsed[parsed.subcommand].as_dict()
     if parsed.subcommand == "kernels":
         return operations.main(operations.Config(**options))
+    if parsed.subcommand == "forecast":
+        gpus = tuple(sorted({int(count) for count in options.pop("gpus").split(",")}))
+        return forecast.main(forecast.Config(gpus=gpus, **options))
     if parsed.subcommand == "scaling":
         processes = tuple(sorted({int(count) for count in options.pop("processes").split(",")}))
         return scaling.main(scaling.Config(processes=processes, **options))

@@ -131,7 +131,10 @@ class CheckpointWriter:
         Waits for the save before this one. Raises ModelError for what went wrong with that.
         """
         self.wait()
-        copies = {group: {k: self._copy(group, k, v) for k, v in entries.items()} for group, entries in tensors.items()}
+        copies = {g: {k: self._room(g, k, v) for k, v in entries.items()} for g, entries in tensors.items()}
+        kept = [copy for entries in copies.values() for copy in entries.values()]
+        with torch.no_grad():  # one call: a thousand small tensors cost more to ask for than to copy
+            torch._foreach_copy_(kept, [t for entries in tensors.values() for t in entries.values()], non_blocking=True)
         if any(tensor.is_cuda for entries in tensors.values() for tensor in entries.values()):
             torch.cuda.synchronize()
         content = json.loads(json.dumps(dict(state)))  # the caller's may change
@@ -156,13 +159,14 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def _copy(self, group: str, name: str, tensor: Tensor) -> Tensor:
+    def _room(self, group: str, name: str, tensor: Tensor) -> Tensor:
+        """Where the copy of a tensor is kept."""
         kept = self._copies.get((group, name))
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             # Contiguous, whatever the tensor is: the format cannot hold channels-last ones.
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[group, name] = kept
-        return kept.copy_(tensor.detach(), non_blocking=True)
+        return kept
 
     def _write(self, step: int, copies: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         try:
