@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from data import DataError
-from data.stream import Batch, Stream
+from data.stream import Batch, Pass, Stream
 
 
 class Prefetch:
@@ -26,7 +26,7 @@ class Prefetch:
     What goes wrong with a batch is raised when that batch is asked for.
     """
 
-    def __init__(self, stream: Stream, device: torch.device) -> None:
+    def __init__(self, stream: Stream | Pass, device: torch.device) -> None:
         self._stream, self._device = iter(stream), device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: Batch | DataError | None = None

@@ -184,9 +184,7 @@ def test_gpus_must_fill_their_machines() -> None:
         main(["forecast", "--gpus", "8,12"])
 
 
-@pytest.mark.parametrize(
-    "flags", [["step", "--steps", "0"], ["scaling", "--processes", "0"], ["forecast", "--gpus", ""]]
-)
+@pytest.mark.parametrize("flags", ["step --steps 0", "scaling --processes 0", "forecast --gpus ,"])
 def test_impossible_numbers_exit_with_2(flags: str) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(flags.split())

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data import DataError
 from data.features import TYPES, FeatureCache, Features
+from data.prefetch import Prefetch
 from data.stream import Pass
 from data.transforms import unit_interval
 from models import ModelError
@@ -127,7 +128,8 @@ def extract(
     def compute(part: int) -> None:
         nothing = torch.empty(0, dtype=torch.int64)  # a part may be without a usable sample
         found = {"features": [torch.empty(0, cache.identity.width)], "labels": [nothing], "index": [nothing]}
-        with open_part(part) as batches:
+        with open_part(part) as stream:
+            batches = Prefetch(stream, device)
             for batch in batches:
                 if signals.received:
                     return
@@ -135,7 +137,8 @@ def extract(
                 if not len(batch["label"]):
                     continue
                 with torch.no_grad(), accelerator.autocast():
-                    features = encoder(unit_interval(batch["image"].to(device)))
+                    features = encoder(unit_interval(batch["image"]))
+                batches.fetch()  # the next line waits for the device
                 found["features"].append(features.to("cpu", TYPES[cache.identity.dtype]))
                 found["labels"].append(batch["label"])
                 found["index"].append(batch["index"])
