@@ -26,6 +26,14 @@ LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
 REPORT_SECONDS = 0.2  # between two reports of a worker
 
 
+def signal_when_parent_dies(number: int) -> None:
+    """This process gets signal `number` when the thread that started it ends, on Linux; 0: none from now on."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
 class Progress:
     """A bar of samples on stderr; a line each ten seconds when that is no terminal. Nothing for work done at once."""
 

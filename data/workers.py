@@ -31,10 +31,12 @@ import numpy as np
 import torch
 
 from data import DataError
+from data.parallel import signal_when_parent_dies
 from data.runs import STOP, Part, RowReader, Spec, StoppedError
 
 SLOTS = 4  # the consumer holds one batch while it asks for the next, and workers stay up to two ahead
 STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about it
+STALL_LIMIT = 600.0  # seconds after which a reader that gives nothing is taken for dead
 PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives and wants us
 GRACE = 2.0  # seconds that workers get to end by themselves
 
@@ -113,14 +115,21 @@ class Pool:
     def collect(self) -> tuple[int, list[Part]]:
         """Wait for the oldest submitted step: its slot, and the parts of all workers in row order.
 
-        Raises DataError if a worker met one or died, RuntimeError if it failed otherwise.
+        Raises DataError if a worker met one, died, or gave nothing for STALL_LIMIT seconds, RuntimeError if it failed
+        otherwise.
         """
         started = time.monotonic()
         while missing := [worker for worker, answers in enumerate(self._answers) if not answers]:
             ends = [self._connections[worker] for worker in missing]
             ready = wait([*ends, *(self._processes[worker].sentinel for worker in missing)], timeout=STALL_SECONDS)
             if not ready:
-                self._report_stall(missing, time.monotonic() - started)
+                seconds = time.monotonic() - started
+                if seconds > STALL_LIMIT:
+                    where = self._place(missing[0])
+                    raise DataError(
+                        f"rank {self._rank}: data worker {missing[0]} gave nothing for {seconds:.0f} s{where}"
+                    )
+                self._report_stall(missing, seconds)
             for worker, end in zip(missing, ends, strict=True):
                 if end in ready:
                     self._receive(worker)
@@ -207,6 +216,7 @@ def _work(
     for number in _QUIET:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _QUIET)
+    signal_when_parent_dies(signal.SIGKILL)  # a worker that hangs in a read cannot look whether its parent lives
     for end in inherited:
         end.close()  # or the death of the parent would never show as the end of our pipe
     torch.set_num_threads(1)

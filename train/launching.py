@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
+from data.parallel import signal_when_parent_dies
 from models import ModelError
 from train.common import ConfigError, LaunchError
 
@@ -237,11 +238,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        _signal_when_parent_dies(signal.SIGTERM)
+        signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _signal_when_parent_dies(0)
+        signal_when_parent_dies(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -252,13 +253,6 @@ class StopSignals:
             os.write(2, b"\nstopping after this step; a second signal in three seconds or later exits at once\n")
         elif time.monotonic() - self._first > 3:
             os._exit(128 + number)
-
-
-def _signal_when_parent_dies(number: int) -> None:
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG; 0 turns it off
 
 
 class PeerError(Exception):
