@@ -5,6 +5,8 @@
     python eval/throughput.py kernels --suite full --figure kernels.png         about seven minutes on one GPU
     python eval/throughput.py step --data shards/train --compile true --workers 14 --figure step.png     one GPU
     python eval/throughput.py scaling --processes 1,2,4,8 --figure scaling.png                          eight GPUs
+    python eval/throughput.py attack --figure attack.png                        some minutes on one GPU
+    python eval/throughput.py attack --device cpu                               four minutes on one CPU core
     python eval/throughput.py forecast --images_per_second 4500                 at once; a model of 8, 64, 512 GPUs
     python eval/throughput.py probe --figure probe.png                          about a minute on one GPU
     python eval/throughput.py probe --device cpu --heads 48 --precision fp32    ten minutes on one CPU core
@@ -33,6 +35,9 @@ measured rate of matrix products the step reaches (MFU), how long the device wai
 `scaling` takes the same step on several processes of this machine: efficiency, what the exchange of gradients costs
 beside the backward pass, the vote before each step. `forecast` computes from such figures what 8, 64 and 512 GPUs need.
 
+`attack` compares PGD of several steps (attacks/pgd.py) with the loops of torchattacks and of the SmoothAdv code, after
+checking that all make the same attack; eval/attacking.py says how.
+
 `probe` compares a grid of linear heads trained at once (train/heads.py) with the same heads trained one after the other
 from the same cached features, with torch.optim.AdamW as it is by default and fused, after checking that both give the
 same weights; by CPU time of one thread, or by wall time on a GPU. It also writes, opens and reads a cache of a tenth of
@@ -54,11 +59,14 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import forecast, loading, operations, scaling, stepping, sweep
+from eval import attacking, forecast, loading, operations, scaling, stepping, sweep
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
 Counts = restricted_string_type("Counts", r"^[1-9][0-9]*(,[1-9][0-9]*)*$", "numbers such as 8,52")
+_MODELS, _ATTACKS = ("|".join(names) for names in (attacking.SIZES["cuda"], attacking.ATTACKS))
+ModelNames = restricted_string_type("ModelNames", rf"^({_MODELS})(,({_MODELS}))*$", "names of attacked models")
+AttackNames = restricted_string_type("AttackNames", rf"^({_ATTACKS})(,({_ATTACKS}))*$", "names of attacks")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -70,6 +78,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands.add_subcommand("data", _data())
     commands.add_subcommand("kernels", _kernels())
     commands.add_subcommand("probe", _probe())
+    commands.add_subcommand("attack", _attack())
     commands.add_subcommand("step", _step())
     commands.add_subcommand("scaling", _scaling())
     commands.add_subcommand("forecast", _forecast())
@@ -132,6 +141,27 @@ def _probe() -> Parser:
     add("steps", PositiveInt, "steps of a training")
     add("rounds", PositiveInt, "runs of each competitor, in turns")
     add("cache_samples", NonNegativeInt, "samples of the cache that is written and read (0: none)")
+    add("rows", str, "file that the results are appended to")
+    add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
+    return command
+
+
+def _attack() -> Parser:
+    default = attacking.Config()
+    command = Parser(description="Whole PGD attacks against the loops of torchattacks and SmoothAdv.")
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    add("device", Literal["cuda", "cpu"], "where; a CPU's one thread, on small batches")
+    models, attacks = ",".join(default.models), ",".join(default.attacks)
+    command.add_argument("--models", type=ModelNames, default=models, help=f"of {', '.join(attacking.SIZES['cuda'])}")
+    command.add_argument("--attacks", type=AttackNames, default=attacks, help=f"of {', '.join(attacking.ATTACKS)}")
+    add("steps", PositiveInt, "steps of an attack")
+    add("batch_size", NonNegativeInt, "images of a batch (0: as many as suit model and device)")
+    add("bf16", Literal["auto", "yes", "no"], "whether bf16 takes part (auto: where the processor multiplies it)")
+    add("compile", Literal["auto", "yes", "no"], "whether torch.compile takes part, with bf16 (auto: on a GPU)")
+    add("rounds", PositiveInt, "runs of each competitor, in turns")
     add("rows", str, "file that the results are appended to")
     add("figure", str, "image file to draw, .png, .pdf or .svg (empty: none)")
     return command
@@ -224,6 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> object:
         heads = tuple(dict.fromkeys(int(count) for count in options.pop("heads").split(",")))
         precision = ("fp32", "bf16") if options["precision"] == "both" else (options["precision"],)
         return sweep.main(sweep.Config(heads=heads, **{**options, "precision": precision}))
+    if parsed.subcommand == "attack":
+        names = {name: tuple(dict.fromkeys(options.pop(name).split(","))) for name in ("models", "attacks")}
+        return attacking.main(attacking.Config(**names, **options))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 

@@ -1,0 +1,651 @@
+"""Whole PGD attacks: published runs, other libraries, what must hold of every attack, and what must stay untouched."""
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attacks.pgd import cross_entropy, draw_from_ball, evaluate, pgd, under_attack, unwrapped
+from models.small import SMALL_NETS
+from tests.test_pgd_step import assert_in_ball_and_box, parse
+
+NORMS = ("linf", "l2")
+L2: dict[str, Any] = {"norm": "l2", "eps": 0.5, "step_size": 0.2, "steps": 3}
+LINF: dict[str, Any] = {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 3}
+
+
+class Normalised(nn.Module):
+    """A net for normalised images behind their normalisation."""
+
+    def __init__(self, net: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.net, self.mean, self.std = net, mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - self.mean) / self.std)
+
+
+class SmoothNet(nn.Module):
+    """Five classes; smooth, so that roundings do not grow at kinks; with batch norm."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.tanh(self.norm(self.conv1(images - 0.5)))
+        return self.fc(torch.tanh(self.conv2(maps)).mean((2, 3)))
+
+
+def smooth_net(device: str = "cpu", channels: int = 3) -> SmoothNet:
+    torch.manual_seed(0)
+    net = SmoothNet(channels)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.5)
+    with torch.no_grad():
+        net(torch.rand(64, channels, 8, 8))  # running statistics
+    return net.to(device).eval()
+
+
+def example(samples: int = 4, device: str = "cpu", side: int = 8) -> tuple[Tensor, Tensor]:
+    """Images with some pixels on the faces of the box, and labels of five classes."""
+    generator = torch.Generator().manual_seed(1)
+    images = (torch.rand(samples, 3, side, side, generator=generator) * 1.2 - 0.1).clamp(0, 1)
+    return images.to(device), torch.arange(samples, device=device) % 5
+
+
+# --- Published runs and other libraries -------------------------------------------------------------------------------
+
+
+def test_published_attacks_in_float64(goldens: Path) -> None:
+    """A run of each kind without noise; test_pgd_step.py has all, step by step, and what float32 does to them."""
+    stored = np.load(goldens / "attacks.npz")
+    small = SMALL_NETS["cifar_resnet20"]
+    net = small.build(10)
+    net.load_state_dict(load_file(goldens / "cifar_resnet20.safetensors"))
+    # The published figures have normalisation constants rounded to float32.
+    mean, std = (torch.tensor(values)[:, None, None].double() for values in (small.mean, small.std))
+    model = Normalised(net.double().train(), mean, std)
+    images = (torch.from_numpy(stored["images_u8"]).float() / 255).double()
+    tags = ("pgd_clean_e1.0_s10", "pgd_targeted_clean_e1.0_s10", "ta_pgd_linf_e8_a2_s4", "ta_pgdl2_e0.25_a0.1_s4")
+    for tag in tags:
+        run = parse(tag)
+        assert run is not None
+        targeted = "targeted" in run["kind"]
+        labels = torch.from_numpy(stored["target_labels" if targeted else "labels"])
+        sign = -1 if targeted else 1
+
+        def loss(logits: Tensor, labels: Tensor, sign: int = sign) -> Tensor:
+            return sign * cross_entropy(logits, labels)
+
+        options = {name: run[name] for name in ("norm", "order", "eps", "steps")}
+        adv = pgd(model, images, labels, **options, step_size=abs(run["step_size"]), loss=loss)
+        expected = stored.get(f"{tag}/delta_f64", stored[f"{tag}/delta"])
+        assert (adv - images - torch.from_numpy(expected)).abs().max() <= 2e-6, tag
+        with torch.no_grad():
+            net.eval()
+            assert model(adv).argmax(1).tolist() == stored[f"{tag}/pred"].tolist(), tag
+            net.train()  # the attack has to see to evaluation mode itself
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_torchattacks_agrees(norm: Any, targeted: bool) -> None:
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks, an oracle of PGD, is not installed")
+    net, (images, labels) = smooth_net(), example(6)
+    options: dict[str, Any] = {**(LINF if norm == "linf" else L2), "steps": 7}
+    make = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm]
+    theirs = make(net, options["eps"], options["step_size"], options["steps"], random_start=False)
+    targets = (labels + 1) % 5
+    if targeted:
+        theirs.set_mode_targeted_by_label(quiet=True)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return -cross_entropy(logits, labels)
+
+    if targeted:
+        ours = pgd(net, images, targets, **options, order="ball_then_box", loss=loss)
+    else:
+        ours = pgd(net, images, labels, **options, order="ball_then_box")
+    expected = theirs(images, targets if targeted else labels)
+    assert (expected - images).abs().amax((1, 2, 3)).min() > options["eps"] / 20
+    assert (ours - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_foolbox_agrees(norm: Any) -> None:
+    foolbox = pytest.importorskip("foolbox", reason="foolbox, an oracle of PGD, is not installed")
+    net, (images, labels) = smooth_net(), example(6)
+    options: dict[str, Any] = {**(LINF if norm == "linf" else L2), "steps": 7}
+    make = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm]
+    theirs = make(abs_stepsize=options["step_size"], steps=options["steps"], random_start=False)
+    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    expected = theirs.run(model, images, foolbox.criteria.Misclassification(labels), epsilon=options["eps"])
+    ours = pgd(net, images, labels, **options, order="ball_then_box")
+    assert (ours - expected).abs().max() <= 1e-6
+
+
+# --- What holds of every attack ---------------------------------------------------------------------------------------
+
+
+@given(
+    norm=st.sampled_from(NORMS),
+    order=st.sampled_from(["box_then_ball", "ball_then_box"]),
+    eps=st.sampled_from([1e-3, 8 / 255, 0.5, 3.0, 1e3]),
+    relative_step=st.sampled_from([0.0, 0.1, 1.0, 10.0]),
+    steps=st.integers(1, 3),
+    each=st.booleans(),
+    random_start=st.booleans(),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    form=st.sampled_from(["plain", "channels_last", "strided"]),
+    samples=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_ball_box_and_format(
+    norm: Any,
+    order: Any,
+    eps: float,
+    relative_step: float,
+    steps: int,
+    each: bool,
+    random_start: bool,
+    precision: Any,
+    form: str,
+    samples: int,
+    seed: int,
+) -> None:
+    net, (images, labels) = smooth_net(), example(samples)
+    images = {
+        "plain": images,
+        "channels_last": images.contiguous(memory_format=torch.channels_last),
+        "strided": images.repeat_interleave(2, -1)[..., ::2],
+    }[form]
+    before = images.clone()
+    radius: Any = eps * torch.linspace(0, 1, samples) if each else eps
+    options: dict[str, Any] = {"norm": norm, "order": order, "precision": precision, "random_start": random_start}
+    generator = torch.Generator().manual_seed(seed)
+    adv = pgd(
+        net, images, labels, eps=radius, step_size=relative_step * eps, steps=steps, generator=generator, **options
+    )
+    assert adv.dtype == torch.float32
+    assert not adv.requires_grad
+    assert adv.is_contiguous(memory_format=torch.channels_last if form == "channels_last" else torch.contiguous_format)
+    assert_in_ball_and_box(adv, images, radius, norm)
+    assert torch.equal(images, before)
+    if each:
+        assert torch.equal(adv[0], images[0])  # its radius is 0
+    elif relative_step and eps < 1:
+        assert (adv != images).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize("change", [{"eps": 0}, {"eps": 0.0}, {"steps": 0}])
+def test_no_radius_or_no_steps_is_the_input(change: dict[str, Any], random_start: bool) -> None:
+    net, (images, labels) = smooth_net(), example()
+    images.requires_grad_()
+    adv = pgd(net, images, labels, **{**L2, **change}, random_start=random_start)
+    assert torch.equal(adv, images)
+    assert not adv.requires_grad
+    assert adv.data_ptr() != images.data_ptr()
+
+
+def test_empty_batches_pass_through() -> None:
+    images, labels = example(4)
+    assert pgd(smooth_net(), images[:0], labels[:0], **L2, random_start=True).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_more_steps_and_larger_balls_raise_the_loss(norm: Any) -> None:
+    net, (images, labels) = smooth_net(), example(40)
+    unit = 8 / 255 if norm == "linf" else 0.5
+
+    def mean_loss(eps: float, steps: int) -> float:
+        adv = pgd(net, images, labels, norm=norm, eps=eps, step_size=0.1 * unit, steps=steps)
+        with torch.no_grad():
+            return cross_entropy(net(adv), labels).mean().item()
+
+    by_steps = [mean_loss(unit, steps) for steps in (0, 1, 2, 5, 10)]
+    by_eps = [mean_loss(factor * unit, 10) for factor in (0, 0.25, 0.5, 1)]
+    assert by_steps == sorted(by_steps)
+    assert by_eps == sorted(by_eps)
+    assert min(by_steps[-1], by_eps[-1]) > by_steps[0] + 0.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_do_not_depend_on_their_batch(norm: Any) -> None:
+    net, (images, labels) = smooth_net(), example(6)
+    options = LINF if norm == "linf" else L2
+    whole = pgd(net, images, labels, **options)
+    alone = torch.cat([pgd(net, images[i : i + 1], labels[i : i + 1], **options) for i in range(6)])
+    assert (whole - alone).abs().max() <= 1e-6
+    assert (whole - images).abs().max() > 1e-3
+
+
+def test_other_losses_are_attacked_too() -> None:
+    """A targeted attack brings its targets closer; a margin loss, unlike cross-entropy, does what it says."""
+    net, (images, labels) = smooth_net(), example(40)
+    targets = (labels + 2) % 5
+
+    def targeted(logits: Tensor, labels: Tensor) -> Tensor:
+        return -cross_entropy(logits, labels)
+
+    def margin(logits: Tensor, labels: Tensor) -> Tensor:
+        own = F.one_hot(labels, 5).bool()
+        return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
+
+    options: dict[str, Any] = {**L2, "steps": 8}
+    with torch.no_grad():
+        near = pgd(net, images, targets, **options, loss=targeted)
+        assert (cross_entropy(net(near), targets) < cross_entropy(net(images), targets)).float().mean() > 0.9
+        far = pgd(net, images, labels, **options, loss=margin)
+        assert (margin(net(far), labels) > margin(net(images), labels)).float().mean() > 0.9
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    class Flat(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return (images * 0).sum((1, 2, 3))[:, None].expand(-1, 5)
+
+    images, labels = example()
+    for options in (L2, LINF):
+        for order in ("box_then_ball", "ball_then_box"):
+            assert torch.equal(pgd(Flat(), images, labels, **options, order=order), images)
+
+
+def test_fused_steps_make_the_same_attack(device: str) -> None:
+    net, (images, labels) = smooth_net(device), example(2, device)
+    for options in (L2, LINF):
+        fused, reference = (pgd(net, images, labels, **options, kernel=kernel) for kernel in ("triton", "reference"))
+        assert (fused - reference).abs().max() <= 1e-6
+        assert (fused - images).abs().max() > 1e-3
+
+
+# --- Random starts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_starts_are_uniform_in_the_ball(norm: Any) -> None:
+    """In three dimensions, far from the box: shares of volume within radius r, and no preferred direction."""
+    clean = torch.full((20_000, 3), 0.5, dtype=torch.float64)
+    delta = draw_from_ball(clean, 0.25, norm, torch.Generator().manual_seed(0)) - clean
+    size = torch.linalg.vector_norm(delta, torch.inf if norm == "linf" else 2, 1) / 0.25
+    assert size.max() <= 1 + 1e-12
+    assert (size**3).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist() == pytest.approx(
+        [0.1, 0.5, 0.9], abs=0.02
+    )
+    assert delta.mean(0).abs().max() <= 0.005
+    assert (delta > 0).double().mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.02)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_starts_repeat_whatever_the_memory_format(norm: Any) -> None:
+    images = example()[0]
+    eps = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    draws = [
+        draw_from_ball(images.contiguous(memory_format=form), eps, norm, torch.Generator().manual_seed(3))
+        for form in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert torch.equal(*draws)
+    assert draws[1].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(draws[0][0], images[0])
+    assert_in_ball_and_box(draws[0], images, eps, norm)
+    assert not torch.equal(draws[0], draw_from_ball(images, eps, norm, torch.Generator().manual_seed(4)))
+
+
+def test_an_attack_starts_where_its_generator_says() -> None:
+    net, (images, labels) = smooth_net(), example()
+    state = torch.get_rng_state()
+    options: dict[str, Any] = {**LINF, "steps": 1, "step_size": 0.0, "random_start": True}
+    adv = pgd(net, images, labels, **options, generator=torch.Generator().manual_seed(5))
+    start = draw_from_ball(images, LINF["eps"], "linf", torch.Generator().manual_seed(5))
+    assert (adv - start).abs().max() <= 1e-7
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (pgd(net, images, labels, **options) for _ in range(2))
+    assert not torch.equal(first, second)  # the global generator went on
+
+
+# --- What stays untouched ---------------------------------------------------------------------------------------------
+
+
+def everything(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_model_in_training_is_left_as_it_was(trained: bool) -> None:
+    """Modes of single submodules, parameters, their gradients and flags, batch norm's statistics and count."""
+    net, (images, labels) = smooth_net(), example()
+    net.train()
+    net.conv2.eval()  # someone froze a part
+    net.get_parameter("conv1.bias").requires_grad_(False)
+    net.fc.weight.grad = torch.full_like(net.fc.weight, 7.0)
+    if not trained:
+        net.requires_grad_(False)
+    flags = [weight.requires_grad for weight in net.parameters()]
+    before = everything(net)
+    reached = []
+    for weight in net.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda weight: reached.append(weight))
+    pgd(net, images, labels, **L2)
+    assert {name: part.training for name, part in net.named_modules()} == {
+        "": True, "conv1": True, "norm": True, "conv2": False, "fc": True
+    }  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert [weight.requires_grad for weight in net.parameters()] == flags
+    assert torch.equal(net.fc.weight.grad, torch.full_like(net.fc.weight, 7.0))
+    assert [name for name, weight in net.named_parameters() if weight.grad is not None] == ["fc.weight"]
+    assert reached == []
+
+
+def test_modes_are_restored_after_an_error() -> None:
+    net, (images, labels) = smooth_net(), example()
+    net.train()
+    net.norm.eval()
+
+    def broken(logits: Tensor, labels: Tensor) -> Tensor:
+        assert not any(part.training for part in net.modules())
+        raise ZeroDivisionError
+
+    with torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            pgd(net, images, labels, **L2, loss=broken)
+        assert not torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert net.training
+    assert net.conv1.training
+    assert not net.norm.training
+
+
+def test_modes_are_left_alone_when_asked() -> None:
+    net, (images, labels) = smooth_net(), example()
+    net.train()
+    count = int(net.get_buffer("norm.num_batches_tracked"))
+    pgd(net, images, labels, **L2, eval_mode=False)
+    assert net.training
+    assert int(net.get_buffer("norm.num_batches_tracked")) == count + L2["steps"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attacks_run_within_no_grad_and_inference_mode(precision: Any) -> None:
+    """Evaluation loops are in one or the other, also in an autocast that has cast the weights already."""
+    net, (images, labels) = smooth_net(), example()
+    expected = pgd(net, images, labels, **L2, precision=precision)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            net(images)
+            adv = pgd(net, images.clone(), labels.clone(), **L2, precision=precision)
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert torch.equal(adv, expected)
+
+
+class Seen(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("options", [L2, LINF])
+def test_the_host_does_not_wait_within_the_loop(options: dict[str, Any]) -> None:
+    """Nothing that reads values on the host; and each step computes the gradient of the images alone."""
+    waiting = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount"}
+    net, (images, labels) = smooth_net(), example()
+    counts = []
+    for steps in (1, 4):
+        with Seen() as seen:
+            pgd(net, images, labels, **{**options, "steps": steps}, random_start=True, check_images=False)
+        counts.append(seen.counts)
+        assert not waiting & set(seen.counts)
+    assert counts[1]["convolution"] == 4 * counts[0]["convolution"] == 8
+    with Seen() as seen:
+        pgd(net, images, labels, **options)
+    assert not waiting & set(seen.counts)  # the check of the images is one copy of two numbers
+    assert "aminmax" in seen.counts
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, to notice every wait for it")
+@pytest.mark.parametrize("options", [L2, LINF])
+def test_nothing_waits_for_the_gpu(options: dict[str, Any]) -> None:
+    net, (images, labels) = smooth_net("cuda"), example(4, "cuda")
+    pgd(net, images, labels, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pgd(net, images, labels, **options, check_images=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_gradient_of_a_weight_is_computed() -> None:
+    """Convolutions are asked for the gradient of their input alone, although their weights are trained."""
+    masks = []
+
+    class Masks(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            if function is torch.ops.aten.convolution_backward.default:
+                masks.append(arguments[-1])
+            return function(*arguments, **(keywords or {}))
+
+    net, (images, labels) = smooth_net(), example()
+    assert all(weight.requires_grad for weight in net.parameters())
+    with Masks():
+        pgd(net, images, labels, **L2)
+    assert masks == [[True, False, False]] * 2 * L2["steps"]
+
+
+# --- Precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_what_was_asked_for_and_nothing_else(precision: Any) -> None:
+    """In a caller's fp16 autocast too; the loss is in float32, each weight is cast once for all steps."""
+    net, (images, labels) = smooth_net(), example()
+    types, casts = [], Seen()
+    net.conv2.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        assert logits.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        return cross_entropy(logits, labels)
+
+    expected = pgd(net, images, labels, **L2, precision=precision)
+    types.clear()
+    with torch.autocast("cpu", torch.float16), casts:
+        adv = pgd(net, images, labels, **L2, precision=precision, loss=loss)
+    assert types == [torch.bfloat16 if precision == "bf16" else torch.float32] * L2["steps"]
+    assert torch.equal(adv, expected)
+    if precision == "bf16":
+        weights = 6  # two convolutions and a linear layer, with biases
+        activations = casts.counts["_to_copy"] - weights
+        assert activations > 0
+        assert activations % L2["steps"] == 0
+        assert (adv - pgd(net, images, labels, **L2)).flatten(1).norm(dim=1).max() < 0.1 * L2["eps"]
+
+
+def test_accelerates_own_autocast_is_passed_by() -> None:
+    """`prepare` puts bf16 into forward itself; an attack in float32 is one in float32 all the same."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    net, (images, labels) = smooth_net(), example()
+    expected = [pgd(net, images, labels, **L2, precision=precision) for precision in ("fp32", "bf16")]
+    try:
+        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(net)
+        types = []
+        model.conv2.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+        model(images)
+        assert types == [torch.bfloat16]  # else this test would show nothing
+        found = [pgd(model, images, labels, **L2, precision=precision) for precision in ("fp32", "bf16")]
+        assert types[1:] == [torch.float32] * 3 + [torch.bfloat16] * 3
+    finally:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+    assert all(map(torch.equal, found, expected))
+
+
+# --- Wrappers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_stays_compiled_only_if_it_is_frozen() -> None:
+    """The compiled backward pass of a trained model would compute the gradients of all its weights."""
+    torch._dynamo.reset()
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return graph(*arguments)
+
+        return run
+
+    net, (images, labels) = smooth_net(), example()
+    expected = pgd(net, images, labels, **L2)
+    compiled: Any = torch.compile(net, backend=backend)
+    assert unwrapped(compiled) is net
+    net.train()
+    assert torch.equal(pgd(compiled, images, labels, **L2), expected)
+    assert calls == []
+    assert net.training
+    assert compiled.training
+
+    net.requires_grad_(False)
+    assert unwrapped(compiled) is compiled
+    adv = pgd(compiled, images, labels, **L2)
+    assert calls == [True] * L2["steps"]
+    assert (adv - expected).abs().max() <= 1e-6
+    assert net.training
+
+
+def attack_on_one_rank(rank: int, folder: str) -> None:
+    """Ranks attack different numbers of times, then train together."""
+    torch.manual_seed(rank)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    net = smooth_net().train()
+    parallel = nn.parallel.DistributedDataParallel(net)
+    images, labels = example(4)
+    images, labels = images[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2]
+    before = everything(net)
+    adv = images
+    for steps in range(1, 2 + 2 * rank):
+        adv = pgd(parallel, images, labels, **{**L2, "steps": steps})
+    assert all(weight.grad is None for weight in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert parallel.training
+    assert net.training
+    adv = pgd(parallel, images, labels, **L2)
+    cross_entropy(parallel(adv), labels).mean().backward()
+    torch.save({"adv": adv, "grad": [weight.grad for weight in net.parameters()]}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_distributed_data_parallel_neither_waits_nor_sums_during_an_attack(tmp_path: Path) -> None:
+    """Its gradients are those of the training step alone, the same on both ranks."""
+    processes = torch.multiprocessing.start_processes(
+        attack_on_one_rank, (str(tmp_path),), nprocs=2, join=False, start_method="fork"
+    )
+    assert processes is not None
+    deadline = time.monotonic() + 60
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "a rank waits for the other"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    images, labels = example(4)
+    net = smooth_net()
+    adv = pgd(net, images, labels, **L2)
+    assert (torch.cat([one["adv"] for one in found]) - adv).abs().max() <= 1e-6
+    sums = [torch.zeros_like(weight) for weight in net.parameters()]
+    for rank in range(2):
+        half = slice(2 * rank, 2 * rank + 2)
+        one = copy.deepcopy(net).train()
+        cross_entropy(one(found[rank]["adv"]), labels[half]).mean().backward()
+        for total, weight in zip(sums, one.parameters(), strict=True):
+            assert weight.grad is not None
+            total += weight.grad / 2
+    for rank in range(2):
+        for grad, total in zip(found[rank]["grad"], sums, strict=True):
+            assert (grad - total).abs().max() <= 1e-5
+
+
+# --- Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_gives_each_images_loss_and_gradient() -> None:
+    """Also of m copies of each image, whose losses a caller's loss averages."""
+    net, (images, labels) = smooth_net(), example(3)
+    copies = images.repeat_interleave(2, 0) + 0.01 * torch.randn(6, 3, 8, 8)
+
+    def of_mean_probability(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.nll_loss(logits.softmax(1).unflatten(0, (-1, 2)).mean(1).log(), labels, reduction="none")
+
+    with under_attack(net, images.device) as network:
+        logits, losses, gradient = evaluate(network, copies, labels, of_mean_probability)
+    assert not any(value.requires_grad for value in (logits, losses, gradient))
+    assert torch.equal(logits, net(copies))
+    leaf = copies.clone().requires_grad_()
+    expected = of_mean_probability(net(leaf), labels)
+    assert torch.equal(losses, expected)
+    (second,) = torch.autograd.grad(expected[1], leaf)
+    assert (gradient[2:4] - second[2:4]).abs().max() <= 1e-7
+
+
+def test_refused() -> None:
+    net, (images, labels) = smooth_net(), example()
+    good: dict[str, Any] = {"model": net, "images": images, "labels": labels, **L2}
+    broken = images.clone()
+    broken[1, 0, 0, 0] = float("nan")
+    for change, message in (
+        ({"images": 2 * images - 1}, r"images \(4, 3, 8, 8\) reach from -1 to 1, beyond \[0, 1\]: normalisation"),
+        ({"images": images + 2e-6}, "reach from .* beyond"),
+        ({"images": broken}, "reach from nan to nan"),
+        ({"images": (images * 255).byte()}, r"have type torch.uint8; expected float32 in \[0, 1\]"),
+        ({"images": images.bfloat16()}, "have type torch.bfloat16"),
+        ({"labels": labels[:3]}, r"labels \(3,\) do not fit images \(4, 3, 8, 8\)"),
+        ({"labels": labels[0]}, r"labels \(\) do not fit"),
+        ({"norm": "l1"}, "norm must be 'linf' or 'l2', not 'l1'"),
+        ({"order": "box"}, "order box_then_ball or ball_then_box"),
+        ({"steps": -1}, "steps must be at least 0, not -1"),
+        ({"eps": -0.1}, "eps must be a number >= 0"),
+        ({"step_size": float("nan")}, "step_size must be a finite number"),
+        ({"precision": "fp16"}, "underflow in fp16"),
+        ({"precision": "fp16", "steps": 0}, "underflow in fp16"),
+        ({"loss": F.cross_entropy}, r"the loss has shape \(\): an attack needs that of each image, \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pgd(**{**good, **change})
+        assert not net.training
+
+
+def test_roundings_beyond_the_box_are_clipped() -> None:
+    net, (images, labels) = smooth_net(), example()
+    beyond = images + 5e-7 * torch.where(images > 0.5, 1, -1)
+    assert beyond.min() < 0
+    assert beyond.max() > 1
+    assert torch.equal(pgd(net, beyond, labels, **{**L2, "eps": 0}), beyond)
+    adv = pgd(net, beyond, labels, **L2)
+    assert adv.min() >= 0
+    assert adv.max() <= 1
+    assert (adv - pgd(net, images, labels, **L2)).abs().max() <= 1e-5
