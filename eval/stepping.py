@@ -586,7 +586,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     highest = max(row["p80"] for row in rows if row["metric"] == "images/s")
     if ceiling < 4 * highest:
         left.axhline(ceiling, color="#444444", ls=":", lw=1)
-        left.text(-0.45, ceiling, "products alone", fontsize=8, va="bottom")
+        left.text(len(kinds) - 0.6, ceiling, "products alone", fontsize=8, va="bottom", ha="right")
     left.set_xticks(range(len(kinds)), [f"{kind} images" for kind in kinds])
     left.set(ylabel="images per second")
     left.margins(y=0.18)
@@ -602,7 +602,8 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     right.spines["left"].set_visible(False)
     where = "one thread of " + about["processor"] if about["device"] == "cpu" else about["device"]
-    figure.suptitle(f"{config['teacher']}, batch {config['batch_size']}, {config['precision']}, {where}", fontsize=10)
+    precision = "float32" if config["precision"] == "no" else config["precision"]
+    figure.suptitle(f"{config['teacher']}, batch {config['batch_size']}, {precision}, {where}", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write

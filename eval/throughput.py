@@ -255,8 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> object:
         precision = ("fp32", "bf16") if options["precision"] == "both" else (options["precision"],)
         return sweep.main(sweep.Config(heads=heads, **{**options, "precision": precision}))
     if parsed.subcommand == "attack":
-        names = {name: tuple(dict.fromkeys(options.pop(name).split(","))) for name in ("models", "attacks")}
-        return attacking.main(attacking.Config(**names, **options))
+        models, attacks = (tuple(dict.fromkeys(options.pop(name).split(","))) for name in ("models", "attacks"))
+        return attacking.main(attacking.Config(models=models, attacks=attacks, **options))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 
