@@ -276,7 +276,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             f"no {' and no '.join(absent)} here: run first `python train/zero_shot.py`, then `accelerate launch "
             "train/finetune.py`, which starts from its head (both do the demo if nothing else is given)"
         )
-    accelerator = start_accelerator(None, out)
+    accelerator = start_accelerator(None, out, resources)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)

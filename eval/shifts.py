@@ -232,7 +232,7 @@ def main(config: Config) -> dict[str, Any]:
 def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out, suite, pairs = Path(config.out), SUITES[config.suite], read_pairs(config)
-    accelerator = start_accelerator(None, out)
+    accelerator = start_accelerator(None, out, resources)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)

@@ -166,7 +166,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
     sharding = sharding_asked_for()
-    accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out)
+    accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out, resources)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)

@@ -164,7 +164,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
     sharding = sharding_asked_for()
-    accelerator = start_accelerator(None, out)
+    accelerator = start_accelerator(None, out, resources)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)

@@ -76,11 +76,13 @@ def sharding_asked_for(environment: MutableMapping[str, str] = os.environ) -> Sh
     return Sharding(environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false")
 
 
-def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
+def start_accelerator(tracker: str | None, out: Path, resources: contextlib.ExitStack) -> Accelerator:
     """The Accelerator of this launch, after checks that the world is the one that was asked for.
 
     accelerate silently starts one process for `--cpu --num_processes 2`, silently trains N unconnected copies for
     `--multi_gpu` without a GPU, and silently ignores fp16 on a CPU; each is refused here with the command that works.
+
+    `resources` then watches, to its end, whether the other ranks are still there: see train/heartbeat.py.
 
     Raises:
         LaunchError: one of the above, an unreachable main process, or an unsupported mode.
@@ -112,6 +114,9 @@ def start_accelerator(tracker: str | None, out: Path) -> Accelerator:
         if not patience.isdigit():
             raise LaunchError(f"SHIFTLENS_RENDEZVOUS_SECONDS must be a whole number of seconds, not {patience!r}")
         _wait_for_main_process(seconds=int(patience))
+        from train.heartbeat import start_heartbeat
+
+        resources.enter_context(start_heartbeat(patience=int(patience)))
 
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
@@ -315,9 +320,8 @@ class Agreement:
         import torch.distributed as dist
 
         self.rank, self.world = rank, world
-        self._lines: list[
-            tuple[dist.ProcessGroup, int]
-        ] = []  # through this rank along each side, with their first rank
+        # Groups through this rank along each side, and the first rank of each.
+        self._lines: list[tuple[dist.ProcessGroup, int]] = []
         stride = 1
         for side in grid(world) if world > 1 else []:
             first = rank - rank // stride % side * stride

@@ -206,7 +206,7 @@ def main(config: Config) -> dict[str, Any]:
         ConfigError, DataError, ModelError: anything a user can cause, in one line. StopRequested: after a stop signal.
     """
     with StopSignals() as signals, contextlib.ExitStack() as resources:
-        accelerator = start_accelerator(None, Path(config.out))
+        accelerator = start_accelerator(None, Path(config.out), resources)
         agreement = Agreement(accelerator.process_index, accelerator.num_processes)
         level = logging.INFO if agreement.rank == 0 else logging.WARNING
         logging.basicConfig(level=level, format="%(message)s", force=True)

@@ -12,9 +12,7 @@ setsid accelerate launch "$@" & # a session of its own: a signal to our group is
 launcher=$!
 trap 'pkill -USR1 -P "$launcher"' TERM USR1
 
-# A signal interrupts `wait`.
 while kill -0 "$launcher" 2>/dev/null; do
-    wait "$launcher"
-    code=$?
+    wait "$launcher" # which a signal interrupts
 done
-exit "$code"
+wait "$launcher" # for its exit code, which bash keeps
