@@ -81,21 +81,23 @@ def main(config: Config) -> list[dict[str, Any]]:
         check_writable(Path(path))
     if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
         raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    if config.steps < 2:
+        raise DataError("--steps must be at least 2: the first one allocates what the others use")
     if config.device == "cpu":
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)  # as train/probe.py does
     torch.backends.cuda.matmul.allow_tf32 = False
     figures: list[Figure] = []
-    if config.steps < 2:
-        raise DataError("--steps must be at least 2: the first one allocates what the others use")
-    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-        data = synthetic_features(Path(scratch), config).gathered(torch.device(config.device))
-        for heads, precision in itertools.product(config.heads, config.precision):
-            figures += measure_grid(data, heads, precision, config)
-        del data
-        if config.cache_samples:
-            figures += measure_cache(Path(scratch), config)
-    torch.set_flush_denormal(False)  # numpy complains of it when the figure is drawn
+    try:
+        with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
+            data = synthetic_features(Path(scratch), config).gathered(torch.device(config.device))
+            for heads, precision in itertools.product(config.heads, config.precision):
+                figures += measure_grid(data, heads, precision, config)
+            del data
+            if config.cache_samples:
+                figures += measure_cache(Path(scratch), config)
+    finally:
+        torch.set_flush_denormal(False)  # numpy complains of it when the figure is drawn
     about = {**device(config.device), "config": asdict(config)}
     rows = []
     for figure in figures:

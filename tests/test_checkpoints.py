@@ -1,11 +1,10 @@
 """Checkpoints: whole or not there, whatever interrupts the writing; nothing pickled; damage is named."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from models.checkpoints import (
     save_checkpoint,
     set_aside_after,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def tensors(value: float = 1.0) -> dict[str, dict[str, torch.Tensor]]:
@@ -123,30 +120,28 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-WRITER = """
-import sys, torch, pathlib
-sys.path.insert(0, sys.argv[1])
-from models.checkpoints import save_checkpoint
-folder = pathlib.Path(sys.argv[2])
-for step in range(1, 10_000):
-    save_checkpoint(folder, step, {"model": {f"w{i}": torch.full((20_000,), float(step)) for i in range(8)}}, {})
-    print(step, flush=True)
-"""
+def save_until_killed(folder: Path, report: int) -> None:
+    """Checkpoints of every step, each told on the descriptor `report` when it is saved."""
+    for step in range(1, 10_000):
+        save_checkpoint(folder, step, {"model": {f"w{i}": torch.full((20_000,), float(step)) for i in range(8)}}, {})
+        os.write(report, b"%d\n" % step)
 
 
 def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     """SIGKILL at ten moments spread over the writing: what was reported as saved is there, whole."""
+    fork = multiprocessing.get_context("fork")
     for i in range(10):
         folder = tmp_path / str(i)
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(ROOT), str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "1\n"
-        time.sleep(0.0037 * i)
-        writer.send_signal(signal.SIGKILL)
-        reported = [1, *map(int, writer.stdout.read().split())][-1]
-        writer.wait()
+        reading, writing = os.pipe()
+        writer = fork.Process(target=save_until_killed, args=(folder, writing))
+        writer.start()
+        os.close(writing)
+        with open(reading) as reports:
+            assert reports.readline() == "1\n"
+            time.sleep(0.0037 * i)
+            writer.kill()
+            reported = [1, *map(int, reports.read().split())][-1]
+        writer.join()
         found, skipped = newest_checkpoint(folder)
         assert found is not None
         assert skipped == []

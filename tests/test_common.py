@@ -1,5 +1,6 @@
 """Command line, schedule, run folder and launch guards of the training scripts."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -23,13 +24,14 @@ from train.common import (
     RECIPES,
     ROOT,
     ConfigError,
+    LaunchError,
     RunFolder,
     cosine_lr,
     parse_config,
     step_seed,
 )
 from train.distill import Config
-from train.launching import Agreement, PeerError
+from train.launching import Agreement, PeerError, start_accelerator
 
 
 def parse(*argv: str) -> Config:
@@ -168,24 +170,6 @@ def test_help_answers_without_importing_torch() -> None:
     ("arguments", "environment", "expected"),
     [
         ([], {"WORLD_SIZE": "2"}, "needs MASTER_ADDR and MASTER_PORT"),
-        (
-            [],
-            {
-                "WORLD_SIZE": "2",
-                "RANK": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "1",
-                "SHIFTLENS_RENDEZVOUS_SECONDS": "1",
-            },
-            "no main process at 127.0.0.1:1",
-        ),
-        (
-            [],
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "SHIFTLENS_RENDEZVOUS_SECONDS": "soon"},
-            "SHIFTLENS_RENDEZVOUS_SECONDS must be",
-        ),
-        ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 has no effect on a CPU"),
-        ([], {"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported"),
         ([], {"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
         (["--batch_size", "0"], {}, "--batch_size must be at least 1"),
         (["--nonsense"], {}, "nonsense"),
@@ -199,6 +183,28 @@ def test_wrong_launches_exit_2_with_one_line(
     line = result.stderr.strip().splitlines()[-1]
     assert expected in line
     assert "Traceback" not in result.stderr
+
+
+TWO_PROCESSES = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (TWO_PROCESSES | {"SHIFTLENS_RENDEZVOUS_SECONDS": "1"}, "no main process at 127.0.0.1:1"),
+        (TWO_PROCESSES | {"SHIFTLENS_RENDEZVOUS_SECONDS": "soon"}, "SHIFTLENS_RENDEZVOUS_SECONDS must be"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 has no effect on a CPU"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported"),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(
+    environment: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ACCELERATE_USE_CPU": "true", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=expected) as caught, contextlib.ExitStack() as resources:
+        start_accelerator(None, tmp_path, resources)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from models.distiller import Distiller
 from models.encoders import Encoder, load_encoder
 from models.towers import Tower
 from models.weights import state_sha256
+from tests import ranks
 from train.common import ConfigError, StopRequested
 from train.distill import Config, main
 
@@ -574,15 +575,12 @@ def launch(arguments: list[str], settings: dict[str, Any], timeout: float = 240)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.launch
-@pytest.mark.timeout(400)
 def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
     """50 steps with the same global batches, a student without batch norm: losses equal to 1e-5 relative."""
     settings |= {"steps": 50, "lr": 1e-3, "workers": 1, "save_every": 100}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
-    result = launch(["--config_file", "train/launch/cpu_2_processes.yaml"], two)
-    assert result.returncode == 0, result.stderr[-3000:]
+    ranks.run_two(main, Config(**two), tmp_path)
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     first, second = rows(one["out"]), rows(two["out"])
     assert len(first) == len(second) == 50
@@ -590,16 +588,13 @@ def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> No
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
 
-@pytest.mark.launch
-@pytest.mark.timeout(400)
 def test_two_processes_continue_what_one_began(settings: dict[str, Any], tmp_path: Path) -> None:
     """Only rank 0 sees the checkpoint's folder; weights, optimiser and cursor reach the other rank."""
     settings |= {"steps": 30, "workers": 1, "save_every": 20}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
     two["resume"] = str(tmp_path / "one" / "checkpoints" / "step_00000020")
-    result = launch(["--config_file", "train/launch/cpu_2_processes.yaml"], two)
-    assert result.returncode == 0, result.stderr[-3000:]
+    ranks.run_two(main, Config(**two), tmp_path)
     first, second = rows(one["out"])[20:], rows(two["out"])
     assert [row["step"] for row in second] == list(range(20, 30))
     for a, b in zip(first, second, strict=True):
@@ -636,7 +631,6 @@ def test_sigterm_to_the_launcher_of_one_process_saves(settings: dict[str, Any]) 
     assert f"saved at step {found.step} of 5000" in messages
 
 
-@pytest.mark.launch
 @pytest.mark.timeout(400)
 def test_kill_at_ten_random_moments_always_resumes(settings: dict[str, Any], tmp_path: Path) -> None:
     """A run that saves every 2 steps is killed with SIGKILL ten times; it ends with the weights of an unbroken run."""
@@ -644,19 +638,18 @@ def test_kill_at_ten_random_moments_always_resumes(settings: dict[str, Any], tmp
     whole = settings | {"out": str(tmp_path / "whole")}
     main(Config(**whole))
     generator = random.Random(0)
-    command = [sys.executable, "train/distill.py", *flags(settings)]
     checkpoints = Path(settings["out"]) / "checkpoints"
     last = 0
     for _ in range(10):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = ranks.start(main, Config(**settings), tmp_path / "messages")
         # Wait for the first save of this start, so that the kill falls into stepping and saving, not into imports.
         end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end and newest_step(checkpoints) <= last:
+        while process.is_alive() and time.monotonic() < end and newest_step(checkpoints) <= last:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.15))
         process.kill()
-        _, messages = process.communicate()
-        assert "Traceback" not in messages
+        process.join()
+        assert "Traceback" not in (tmp_path / "messages").read_text()
         found, skipped = newest_checkpoint(checkpoints)
         assert found is not None, "no valid checkpoint after a kill"
         assert skipped == []

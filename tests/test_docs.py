@@ -1,5 +1,6 @@
 """The documentation keeps its word: files, flags and tests that it names exist."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def test_there_are_commands() -> None:
     assert len(commands()) >= 8
 
 
+@functools.cache
+def help_text(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("command", commands())
 def test_named_scripts_take_the_flags_shown(command: str) -> None:
     script = re.search(r"\b((?:train|eval|data|models)/\w+\.py)((?: \w+)?)", command)
@@ -35,12 +43,9 @@ def test_named_scripts_take_the_flags_shown(command: str) -> None:
     for file in re.findall(r"(?:train|data|eval)/[\w/.]+\.(?:yaml|py)", command):
         assert (ROOT / file).is_file(), file
     subcommand = [script.group(2).strip()] if script.group(2) and "--" not in script.group(2) else []
-    help_text = subprocess.run(
-        [sys.executable, script.group(1), *subcommand, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert help_text.returncode == 0, help_text.stderr
+    shown = help_text(script.group(1), *subcommand)
     for flag in re.findall(r"--\w+", own):
-        assert re.search(rf"{flag}\b(?!_)", help_text.stdout), f"{flag} is no flag of {script.group(1)}"
+        assert re.search(rf"{flag}\b(?!_)", shown), f"{flag} is no flag of {script.group(1)}"
     if "accelerate launch" in launcher:
         from accelerate.commands.launch import launch_command_parser
 

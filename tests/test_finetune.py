@@ -23,6 +23,7 @@ from models.encoders import Encoder, load_encoder
 from models.featurisers import Featuriser
 from models.heads import Head, load_head, save_head
 from models.weights import state_sha256
+from tests.ranks import run_two
 from tests.test_distill import flags, rows, small_weights, weights_after
 from tests.test_probe import NAMES, write_shards
 from train import finetune
@@ -353,15 +354,11 @@ def test_resume_is_bit_for_bit(
     assert len(Path(settings["out"], "results.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.launch
 def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"steps": 30, "save_every": 100, "label_smoothing": 0.1}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet"]
-    command = [*launcher, "--config_file", "train/launch/cpu_2_processes.yaml", "train/finetune.py", *flags(two)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(main, Config(**two), tmp_path)
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     first, second = rows(one["out"]), rows(two["out"])
     assert len(first) == len(second) == 30

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from models.export import export_student
 from models.featurisers import Featuriser
 from models.heads import load_head, save_head
 from models.weights import state_sha256, write_safetensors
+from tests.ranks import run_two
 from tests.test_eval_shifts import COUNTS, pictures, write_set
 from train.common import RECIPES, ConfigError, parse_config
 
@@ -300,17 +299,12 @@ def test_the_same_run_adds_no_rows_and_missing_sets_end_it_late(settings: dict[s
     assert results(settings["out"]) == once
 
 
-@pytest.mark.launch
 def test_two_processes_equal_one(settings: dict[str, Any], resnet_ends: dict[str, str], tmp_path: Path) -> None:
     """Every number to the last digit, and the saved weights."""
     settings |= {**resnet_ends, "alphas": [0.3, 1.0], "save": [0.3]}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
-    flags = [part for key, value in two.items() for part in (f"--{key}", str(value))]
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet"]
-    launcher += ["--config_file", "train/launch/cpu_2_processes.yaml", "eval/interpolate.py"]
-    done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_two(main, Config(**two), tmp_path)
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     differing = ("config", "date", "commit", "device")  # the last is "cpu:0" in a world of several
     first, second = (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -43,6 +44,10 @@ def settings(tiny_shards: Path, tiny_vit: str, tmp_path: Path) -> dict[str, Any]
 
 
 def run_rank(local: int, world: int, port: int, environment: dict[str, str], config: Any) -> None:
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # a `main` that ran in this process before the fork left one
+    GradientState._reset_state()
     os.environ |= {
         **environment,
         "ACCELERATE_USE_CPU": "true",
@@ -190,3 +195,11 @@ def test_scripts_that_cannot_shard_refuse(tmp_path: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
     assert found.stderr.strip().splitlines()[-1].startswith("error: FSDP is for distill.py and finetune.py")
+
+
+def test_synchronised_batch_norm_is_refused_on_a_cpu(settings: dict[str, Any]) -> None:
+    """torch has it for GPUs only."""
+    from train.common import ConfigError
+
+    with pytest.raises(ConfigError, match="--sync_batch_norm needs GPUs"):
+        distill.main(distill.Config(**settings, sync_batch_norm=True))

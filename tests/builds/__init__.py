@@ -7,14 +7,13 @@ because Triton decides at import whether kernels are compiled or interpreted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 # Architecture → shared memory in bytes that one program can have.
@@ -69,6 +68,7 @@ class Report:
 def compile_for(build: Build, target: str) -> Report:
     """Compiles one kernel for one architecture and inspects the machine code."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -83,9 +83,11 @@ def compile_for(build: Build, target: str) -> Report:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     source = ASTSource(build.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": build.warps, "num_stages": build.stages})
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True  # what NVIDIA's assembler says of registers and spills
+        compiled = triton.compile(source, target=gpu, options={"num_warps": build.warps, "num_stages": build.stages})
     assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
-    registers, spills, complaints = _ptxas(assembly) if nvidia else _amdgcn(assembly)
+    registers, spills, complaints = _ptxas(log.getvalue()) if nvidia else _amdgcn(assembly)
     faults = list(complaints)
     if compiled.metadata.shared > TARGETS[target]:
         faults.append(f"shared memory {compiled.metadata.shared} above {TARGETS[target]}")
@@ -103,22 +105,11 @@ def compile_for(build: Build, target: str) -> Report:
     return Report(build.name, target, compiled.metadata.shared, registers, spills, matrix, faults)
 
 
-def _ptxas(assembly: str) -> tuple[int, int, list[str]]:
-    """Registers, bytes of spills, and warnings such as serialised wgmma, from NVIDIA's assembler."""
-    import triton
-
-    target = re.search(r"^\.target (\w+)", assembly, re.MULTILINE)
-    assert target is not None
-    name = "ptxas-blackwell" if target[1].startswith("sm_10") else "ptxas"
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "kernel.ptx"
-        path.write_text(assembly)
-        command = [str(assembler), "-v", "--gpu-name", target[1], str(path), "-o", str(path.with_suffix(".cubin"))]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(map(int, re.findall(r"Used (\d+) registers", text)))
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text)))
-    return registers, spills, re.findall(r".*\(C75\d\d\).*", text)
+def _ptxas(log: str) -> tuple[int, int, list[str]]:
+    """Registers, bytes of spills, and warnings such as serialised wgmma, from what NVIDIA's assembler printed."""
+    registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
+    return registers, spills, re.findall(r".*\(C75\d\d\).*", log)
 
 
 def _amdgcn(assembly: str) -> tuple[int, int, list[str]]:

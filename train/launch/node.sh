@@ -10,7 +10,13 @@ set -uo pipefail
 
 setsid accelerate launch "$@" & # a session of its own: a signal to our group is ours alone to pass on
 launcher=$!
-trap 'pkill -USR1 -P "$launcher"' TERM USR1
+stop() {
+    local training
+    training=$(<"/proc/$launcher/task/$launcher/children")
+    # shellcheck disable=SC2086  # one word for each process
+    if [ -n "$training" ]; then kill -USR1 $training; else kill -TERM "$launcher"; fi
+}
+trap stop TERM USR1
 
 while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher" # which a signal interrupts
