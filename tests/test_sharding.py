@@ -44,9 +44,7 @@ def settings(tiny_shards: Path, tiny_vit: str, tmp_path: Path) -> dict[str, Any]
 
 
 def run_rank(local: int, world: int, port: int, environment: dict[str, str], config: Any) -> None:
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # a `main` that ran in this process before the fork left one
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a `main` in this process
     GradientState._reset_state()
     os.environ |= {
         **environment,

@@ -189,3 +189,10 @@ def test_impossible_numbers_exit_with_2(flags: str) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(flags.split())
     assert ended.value.code == 2
+
+
+def test_the_published_forecast_is_the_models() -> None:
+    """The table of docs/multi_node.md, line by line."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "multi_node.md").read_text()
+    for cells in forecast.table(forecast.Config()):
+        assert f"| {' | '.join(cells)} |" in page

@@ -107,7 +107,8 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
     if asked is not None and asked != world:
         raise LaunchError(
             f"{asked} processes were asked for but {world} runs; on CPUs launch with `accelerate launch --config_file "
-            f"train/launch/cpu_2_processes.yaml --num_processes {asked} SCRIPT`"
+            f"train/launch/cpu_2_processes.yaml --num_processes {asked} SCRIPT`; "
+            "several machines need the same --num_processes, the total over all"
         )
     if world > 1:
         patience = environment.get("SHIFTLENS_RENDEZVOUS_SECONDS", "120")
