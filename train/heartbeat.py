@@ -198,8 +198,8 @@ def start_heartbeat(environment: MutableMapping[str, str] = os.environ, *, patie
     if not seconds.isdigit() or int(seconds) < 3:
         raise LaunchError(f"SHIFTLENS_LOST_SECONDS must be a whole number of seconds from 3 on, not {seconds!r}")
     address = choose_interface(environment)
-    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")  # by the launcher, with --max_restarts
-    key = f"shiftlens/heartbeat/{restart}"
+    # After a restart by the launcher (--max_restarts) the store is still that of the first start.
+    key = f"shiftlens/heartbeat/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     end = time.monotonic() + patience
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience)))
@@ -207,15 +207,13 @@ def start_heartbeat(environment: MutableMapping[str, str] = os.environ, *, patie
             peers = _accept(address, world, lambda where: store.set(key, where), end)
         else:
             peers = _connect(store.get(key).decode(), rank, end)
-        if restart != "0":
-            # The launcher's store may still hold the addresses of its first start, and gloo would try them.
-            if rank == 0:
-                with socket.create_server(("", 0)) as free:
-                    store.set(f"{key}/store", str(free.getsockname()[1]))
-            environment["MASTER_PORT"] = store.get(f"{key}/store").decode()
-            environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # rank 0 opens a new one there
     except RuntimeError as error:  # torch's DistError
         reason = str(error).partition("\n")[0].rstrip(".")
+        if "EADDRINUSE" in reason:
+            port = environment["MASTER_PORT"]
+            raise LaunchError(
+                f"port {port} of this machine is in use, perhaps by another launch; give another --main_process_port"
+            ) from None
         raise LaunchError(f"not all of {world} processes came within {patience:.0f} s ({reason})") from None
     for peer in peers:
         _keep_alive(peer, int(seconds))

@@ -118,10 +118,11 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
         from train.heartbeat import start_heartbeat
 
         resources.enter_context(start_heartbeat(patience=int(patience)))
+        _start_process_group("nccl" if has_gpu else "gloo")
 
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
     if tracker is not None and tracker not in {str(name) for name in get_available_trackers()}:
         raise LaunchError(f"--tracker {tracker}: its package is not installed (accelerate would drop it in silence)")
@@ -133,7 +134,6 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
             kwargs_handlers=[
                 # Batch-norm buffers are read by nobody during training; rank 0's are saved.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=10)),
             ],
         )
     except ValueError as error:  # such as bf16 on a GPU that has none
@@ -144,6 +144,21 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
             "launch with `accelerate launch` or torchrun"
         )
     return accelerator
+
+
+def _start_process_group(backend: str) -> None:
+    """Joins the ranks of this start; accelerate, which would do it too, then finds them joined.
+
+    When a launcher restarts its ranks (`--max_restarts`), the store in which they leave their addresses for each other
+    is still that of the first start (seen with torch 2.11): a rank may find addresses of processes that are gone, and
+    then it ends or hangs. So each start has a part of the store of its own.
+    """
+    import torch.distributed as dist
+
+    patience = datetime.timedelta(minutes=10)
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=patience)
 
 
 def start_tracker(accelerator: Accelerator, config: Any) -> None:
