@@ -23,8 +23,12 @@ import threading
 import time
 from collections.abc import Callable, MutableMapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from train.common import LaunchError, StopRequested
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # Without a sign of life for so long, a machine is lost: long enough for a switch to fail over, short for a person.
 # SHIFTLENS_LOST_SECONDS is another number.
@@ -118,10 +122,13 @@ class Heartbeat:
         rank: of this process.
         peers: the connections, with the name of what is at the other end: on rank 0 one for each other rank, on others
             that to rank 0.
+        store: of the launch, with which the process group is to be made, too: another one would be opened at the port
+            that this one leaves, while other ranks are still connected.
         speaks: whether this process says what was lost: one of each machine does.
     """
 
-    def __init__(self, rank: int, peers: dict[socket.socket, str], speaks: bool) -> None:
+    def __init__(self, rank: int, peers: dict[socket.socket, str], store: Store, speaks: bool) -> None:
+        self.store = store
         self._rank, self._peers, self._speaks = rank, peers, speaks
         self._left = False
         # A forked worker would hold the connections open after this process was killed.
@@ -217,7 +224,7 @@ def start_heartbeat(environment: MutableMapping[str, str] = os.environ, *, patie
         raise LaunchError(f"not all of {world} processes came within {patience:.0f} s ({reason})") from None
     for peer in peers:
         _keep_alive(peer, int(seconds))
-    return Heartbeat(rank, peers, speaks=rank == 0 or environment.get("LOCAL_RANK", "0") == "0")
+    return Heartbeat(rank, peers, store, speaks=rank == 0 or environment.get("LOCAL_RANK", "0") == "0")
 
 
 def _accept(address: str, world: int, publish: Callable[[str], None], end: float) -> dict[socket.socket, str]:

@@ -28,6 +28,7 @@ from train.common import ConfigError, LaunchError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
+    from torch.distributed import Store
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Launch
@@ -117,8 +118,8 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
         _wait_for_main_process(seconds=int(patience))
         from train.heartbeat import start_heartbeat
 
-        resources.enter_context(start_heartbeat(patience=int(patience)))
-        _start_process_group("nccl" if has_gpu else "gloo")
+        heartbeat = resources.enter_context(start_heartbeat(patience=int(patience)))
+        _start_process_group("nccl" if has_gpu else "gloo", heartbeat.store)
 
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
@@ -146,7 +147,7 @@ def start_accelerator(tracker: str | None, out: Path, resources: contextlib.Exit
     return accelerator
 
 
-def _start_process_group(backend: str) -> None:
+def _start_process_group(backend: str, store: Store) -> None:
     """Joins the ranks of this start; accelerate, which would do it too, then finds them joined.
 
     When a launcher restarts its ranks (`--max_restarts`), the store in which they leave their addresses for each other
@@ -156,8 +157,9 @@ def _start_process_group(backend: str) -> None:
     import torch.distributed as dist
 
     patience = datetime.timedelta(minutes=10)
-    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
     start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=patience)
 
 
