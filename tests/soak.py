@@ -177,8 +177,10 @@ class Soak:
             self.worst["seconds_until_all_ended"] = max(
                 self.worst["seconds_until_all_ended"], time.monotonic() - struck
             )
-        # 1: lost another; 0: had come to its end; 143: stopped; -15: stopped before there was anything to save.
+        # 1: lost another; 2: before they had met; 0: had come to its end; 143: stopped; -15: with nothing to save yet.
         allowed = {"": {0}, "one": {0, 1, -9}, "all": {0, -9}, "term": {0, 1, 143, -15, -9}}[victim]
+        if victim and not begun:
+            allowed = allowed | {2}
         if not set(codes) <= allowed:
             raise Violation(f"{where}: exit codes {codes} after {victim or 'nothing'}:\n{launch.said()}")
         said = launch.said()
