@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_IMPORTS = ["accelerate.utils", "matplotlib.pyplot", "open_clip", "timm", "torch.distributed"]
+_IMPORTS = ["accelerate.utils", "matplotlib.pyplot", "open_clip", "timm", "torch.distributed", "torch._dynamo"]
 
 
 def start(

@@ -601,7 +601,7 @@ def train(rank: int, ranks: int, folder: str, device: str) -> None:
 
 
 def test_two_ranks_learn_what_one_does(device: str, tmp_path: Path) -> None:
-    context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "fork")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("forkserver")  # neither CUDA nor autograd's threads survive a fork
     ranks = [context.Process(target=train, args=(rank, 2, str(tmp_path), device)) for rank in (0, 1)]
     for process in ranks:
         process.start()

@@ -489,6 +489,9 @@ def test_accelerates_own_autocast_is_passed_by() -> None:
 
     net, (images, labels) = smooth_net(), example()
     expected = [pgd(net, images, labels, **L2, precision=precision) for precision in ("fp32", "bf16")]
+    states = (AcceleratorState, PartialState, GradientState)  # one for each process, whoever made it
+    for state in states:
+        state._reset_state()
     try:
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare(net)
         types = []
@@ -498,7 +501,7 @@ def test_accelerates_own_autocast_is_passed_by() -> None:
         found = [pgd(model, images, labels, **L2, precision=precision) for precision in ("fp32", "bf16")]
         assert types[1:] == [torch.float32] * 3 + [torch.bfloat16] * 3
     finally:
-        for state in (AcceleratorState, PartialState, GradientState):
+        for state in states:
             state._reset_state()
     assert all(map(torch.equal, found, expected))
 
@@ -562,7 +565,7 @@ def attack_on_one_rank(rank: int, folder: str) -> None:
 def test_distributed_data_parallel_neither_waits_nor_sums_during_an_attack(tmp_path: Path) -> None:
     """Its gradients are those of the training step alone, the same on both ranks."""
     processes = torch.multiprocessing.start_processes(
-        attack_on_one_rank, (str(tmp_path),), nprocs=2, join=False, start_method="fork"
+        attack_on_one_rank, (str(tmp_path),), nprocs=2, join=False, start_method="forkserver"
     )
     assert processes is not None
     deadline = time.monotonic() + 60

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from torch.multiprocessing import start_processes
 
-import train.sharding  # noqa: F401  imported once here, not by every forked rank
 from models.checkpoints import newest_checkpoint
 from models.encoders import load_encoder
+from tests import ranks
 from train import distill, finetune
 from train.common import LaunchError
 from train.launching import Sharding, sharding_asked_for
@@ -43,30 +41,29 @@ def settings(tiny_shards: Path, tiny_vit: str, tmp_path: Path) -> dict[str, Any]
     }
 
 
-def run_rank(local: int, world: int, port: int, environment: dict[str, str], config: Any) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a `main` in this process
-    GradientState._reset_state()
-    os.environ |= {
-        **environment,
-        "ACCELERATE_USE_CPU": "true",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "RANK": str(local),
-        "LOCAL_RANK": str(local),
-    }
-    torch.set_num_threads(1)
-    module = distill if isinstance(config, distill.Config) else finetune
-    module.main(config)
-
-
 def run(config: Any, world: int = 2, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl of a run on `world` forked ranks."""
+    """Rows of metrics.jsonl of a run on `world` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(run_rank, (world, port, environment or {}, config), nprocs=world, start_method="fork")
-    return [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    common = {**(environment or {}), "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    script, out = distill if isinstance(config, distill.Config) else finetune, Path(config.out)
+    said = [out.with_name(f"{out.name}_{rank}.txt") for rank in range(world)]
+    processes = [
+        ranks.start(script.main, config, said[rank], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    try:
+        for process in processes:
+            process.join(200)
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * world, [codes, *(file.read_text()[-3000:] for file in said if file.exists())]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def saved(out: str | Path) -> dict[str, torch.Tensor]:
