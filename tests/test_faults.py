@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -121,7 +122,9 @@ def test_a_killed_rank_ends_the_run(number: int, tiny_vit: str, tmp_path: Path) 
     said = launcher.stderr.read()
     assert launcher.wait(timeout=60) != 0
     assert time.monotonic() - start < 40
-    assert f"[rank {1 - number}] error: another process ended without a word" in said
+    # The vote notices first, and the heartbeat where a rank takes long to come out of what it is at.
+    noticed = rf"\[rank {1 - number}\] error: (another process ended without a word|rank {number} on \S+ ended)"
+    assert re.search(noticed, said), said
     assert said.count("Traceback") == 1, "only the launcher's own"
     assert not any(rank.is_running() for rank in ranks.values())
 

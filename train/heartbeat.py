@@ -161,12 +161,15 @@ class Heartbeat:
                     peer, name = key.data
                     try:
                         said = peer.recv(1024).decode(errors="replace")  # one small message, or the end
+                        lost = not said
                         said = said or f"{name} ended; look for its last lines"
                     except OSError as error:
-                        said = f"{name} is lost ({error.strerror}): its machine, or the network between"
+                        lost, said = True, f"{name} is lost ({error.strerror}): its machine, or the network between"
                     if self._left:
                         return
                     if said != DONE:
+                        # Rank 0 cannot speak for its machine if it is what was lost.
+                        self._speaks = self._speaks or (lost and self._rank == 1)
                         self._end(said)
                         return
                     selector.unregister(peer)
