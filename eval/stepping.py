@@ -585,12 +585,12 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     ceiling = 1e3 * config["batch_size"] / floor
     highest = max(row["p80"] for row in rows if row["metric"] == "images/s")
     if ceiling < 4 * highest:
+        highest = max(highest, ceiling)
         left.axhline(ceiling, color="#444444", ls=":", lw=1)
         left.text(len(kinds) - 0.6, ceiling, "products alone", fontsize=8, va="bottom", ha="right")
     left.set_xticks(range(len(kinds)), [f"{kind} images" for kind in kinds])
-    left.set(ylabel="images per second")
-    left.margins(y=0.18)
-    left.legend(frameon=False, fontsize=8, loc="center right")
+    left.set(ylabel="images per second", ylim=(0, 1.25 * highest))
+    left.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     bottom = 0.0
     for name, colour in PART_COLOURS.items():
         share = values[f"{name}, % of a step", "ours", "synthetic"]["value"]
