@@ -31,7 +31,7 @@ class Config:
     store_gb: float = 10.0
     nvlink_gb: float = 300.0
     network_gb: float = 40.0
-    message_ms: float = 0.3
+    message_ms: float = 0.43
     disk_mb: float = 200.0
     save_every: int = 1000
     gpu_hours_per_failure: float = 50_000.0

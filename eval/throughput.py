@@ -53,7 +53,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
@@ -85,6 +85,16 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     return parser.parse_args(arguments)
 
 
+def _command(description: str, default: object) -> tuple[Parser, Callable[[str, Any, str], None]]:
+    """A subcommand, and what adds a flag to it by name, type and help; defaults are fields of `default`."""
+    command = Parser(description=description)
+
+    def add(name: str, kind: Any, text: str) -> None:
+        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
+
+    return command, add
+
+
 def _data() -> Parser:
     default = loading.Config()
     command = Parser(description="Image loading against the published pipeline and plain webdataset.")
@@ -105,12 +115,9 @@ def _data() -> Parser:
 
 
 def _kernels() -> Parser:
-    default = operations.Config()
-    command = Parser(description="Fused operations against eager PyTorch, torch.compile and their peers.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command(
+        "Fused operations against eager PyTorch, torch.compile and their peers.", operations.Config()
+    )
     add("operation", Literal["all", "distill_loss", "pgd_step", "probe_loss"], "operation to measure")
     add("suite", Literal["full", "quick"], "all shapes, or the few that tell most; a CPU has the quick one only")
     add("device", Literal["cuda", "cpu"], "where; a CPU runs small shapes")
@@ -124,12 +131,9 @@ def _kernels() -> Parser:
 
 
 def _probe() -> Parser:
-    default = sweep.Config()
-    command = Parser(description="A grid of linear heads against the same heads trained one after the other.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command(
+        "A grid of linear heads against the same heads trained one after the other.", sweep.Config()
+    )
     add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
     command.add_argument("--heads", type=Counts, default="8,52", help="sizes of the grid, a measurement each")
     command.add_argument(
@@ -147,13 +151,9 @@ def _probe() -> Parser:
 
 
 def _attack() -> Parser:
-    default = attacking.Config()
-    command = Parser(description="Whole PGD attacks against the loops of torchattacks and SmoothAdv.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command("Whole PGD attacks against the loops of torchattacks and SmoothAdv.", attacking.Config())
     add("device", Literal["cuda", "cpu"], "where; a CPU's one thread, on small batches")
+    default = attacking.Config()
     models, attacks = ",".join(default.models), ",".join(default.attacks)
     command.add_argument("--models", type=ModelNames, default=models, help=f"of {', '.join(attacking.SIZES['cuda'])}")
     command.add_argument("--attacks", type=AttackNames, default=attacks, help=f"of {', '.join(attacking.ATTACKS)}")
@@ -168,12 +168,7 @@ def _attack() -> Parser:
 
 
 def _step() -> Parser:
-    default = stepping.Config()
-    command = Parser(description="A whole step of distillation against the published one.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command("A whole step of distillation against the published one.", stepping.Config())
     add("teacher", str, "teacher architecture; weights are random, speed does not depend on them")
     add("student", str, "student architecture (empty: the teacher's)")
     add("data", str, "shards to stream, `demo` for the built-in digits (empty: synthetic images only)")
@@ -190,12 +185,7 @@ def _step() -> Parser:
 
 
 def _scaling() -> Parser:
-    default = scaling.Config()
-    command = Parser(description="The same step on several processes of this machine.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command("The same step on several processes of this machine.", scaling.Config())
     command.add_argument("--processes", type=Counts, default="1,2", help="numbers of processes, 1 among them")
     add("teacher", str, "architecture of teacher and student; weights are random")
     add("device", Literal["cuda", "cpu"], "where; on a CPU one thread for each process")
@@ -209,12 +199,7 @@ def _scaling() -> Parser:
 
 
 def _forecast() -> Parser:
-    default = forecast.Config()
-    command = Parser(description="Where a job of many GPUs is bound, from what one machine measured.")
-
-    def add(name: str, kind: Any, text: str) -> None:
-        command.add_argument(f"--{name}", type=kind, default=getattr(default, name), help=text)
-
+    command, add = _command("Where a job of many GPUs is bound, from what one machine measured.", forecast.Config())
     command.add_argument("--gpus", type=Counts, default="8,64,512", help="numbers of GPUs")
     add("gpus_per_node", PositiveInt, "GPUs of a machine")
     add("images_per_second", PositiveFloat, "rate of one GPU (`step`)")
