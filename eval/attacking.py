@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from eval.common import Spread, print_table, spread
-from eval.operations import check_writable, device
+from eval.common import Spread, check_outputs, print_table, save_figure, spread
+from eval.operations import device
 
 if TYPE_CHECKING:
     import torch
@@ -156,10 +156,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     for kind, asked, known in (("model", config.models, SIZES["cuda"]), ("attack", config.attacks, ATTACKS)):
         if unknown := [name for name in asked if name not in known]:
             raise DataError(f"--{kind}s: no {kind} {unknown[0]}; known are {', '.join(known)}")
-    for path in filter(None, (config.rows, config.figure)):
-        check_writable(Path(path))
-    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
-        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    check_outputs(config.rows, config.figure)
     if config.device == "cpu":
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
@@ -612,8 +609,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     about = rows[0]
     where = "one thread of " + about["processor"] if about["device"] == "cpu" else about["device"]
     figure.suptitle(f"PGD of {about['config']['steps']} steps on {where}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
-        raise DataError(f"cannot write the figure {path}: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)

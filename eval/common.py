@@ -6,10 +6,14 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from data import DataError
 from models import ModelError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
@@ -46,6 +50,32 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0], 1)
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Spread(statistics.median(values), fifths[0], fifths[3], len(values))
+
+
+def check_outputs(rows: str, figure: str) -> None:
+    """Raises DataError if results or figure ("": none) cannot be written: now, and not after minutes of measuring."""
+    if figure and not figure.endswith((".png", ".pdf", ".svg")):
+        raise DataError(f"cannot write the figure {figure}: its name must end in .png, .pdf or .svg")
+    for path in map(Path, filter(None, (rows, figure))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = path.exists()
+            path.open("ab").close()
+            if not found:
+                path.unlink()
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_figure(figure: Figure, path: str) -> None:
+    """Writes a drawing and lets go of it; raises DataError if it cannot be written."""
+    from matplotlib import pyplot
+
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
+        raise DataError(f"cannot write the figure {path}: {error}") from None
+    pyplot.close(figure)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

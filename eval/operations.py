@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from eval.common import Spread, print_table, spread
+from eval.common import Spread, check_outputs, print_table, save_figure, spread
 
 if TYPE_CHECKING:
     from kernels.bench import Measurement
@@ -52,10 +52,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DataError("no CUDA device here; --device cpu runs small shapes")
-    for path in filter(None, (config.rows, config.figure)):
-        check_writable(Path(path))
-    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
-        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    check_outputs(config.rows, config.figure)
     options = bench.Options(
         operations=bench.OPERATIONS if config.operation == "all" else (config.operation,),
         suite=config.suite,
@@ -92,18 +89,6 @@ def main(config: Config) -> list[dict[str, Any]]:
     if failed:
         raise DataError(f"ours failed in {len(failed)} of {number} cases: {', '.join(sorted(failed))}")
     return rows
-
-
-def check_writable(path: Path) -> None:
-    """Raises DataError if a file cannot be written there: now, and not after minutes of measuring."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = path.exists()
-        path.open("ab").close()
-        if not found:
-            path.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def device(kind: str) -> dict[str, Any]:
@@ -291,8 +276,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     panels[-1, 0].set_xlabel("time over the computed floor (1: the device's own limit)")
     note = " (ours: the reference)" if rows[0]["device"] == "cpu" else ""
     figure.suptitle(f"whole operations on {rows[0]['device']}{note}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
-        raise DataError(f"cannot write the figure {path}: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)

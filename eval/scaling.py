@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import statistics
 import tempfile
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
-from eval.common import Spread, print_table, spread
-from eval.operations import check_writable, device
+from eval.common import Spread, check_outputs, print_table, save_figure, spread
+from eval.operations import device
 
 VOTES = 50  # timed for their median
 
@@ -61,10 +60,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         )
     if 1 not in config.processes:
         raise DataError("--processes must include 1, which the others are compared with")
-    for path in filter(None, (config.rows, config.figure)):
-        check_writable(Path(path))
-    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
-        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    check_outputs(config.rows, config.figure)
     runs: dict[int, list[Seconds]] = {number: [] for number in config.processes}
     for turn in range(config.rounds):
         for number in config.processes if turn % 2 == 0 else reversed(config.processes):
@@ -226,8 +222,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axis.set_title(f"{about['config']['teacher']}, {where}", fontsize=9)
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
-        raise DataError(f"cannot write the figure {path}: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)

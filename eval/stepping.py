@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from eval.common import Spread, print_table, spread
-from eval.operations import check_writable, device
+from eval.common import Spread, check_outputs, print_table, save_figure, spread
+from eval.operations import device
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +88,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DataError("no CUDA device here; --device cpu measures one thread")
-    for path in filter(None, (config.rows, config.figure)):
-        check_writable(Path(path))
-    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
-        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    check_outputs(config.rows, config.figure)
     if config.device == "cpu":
         torch.set_num_threads(1)
     figures = measure(config)
@@ -604,8 +600,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     where = "one thread of " + about["processor"] if about["device"] == "cpu" else about["device"]
     precision = "float32" if config["precision"] == "no" else config["precision"]
     figure.suptitle(f"{config['teacher']}, batch {config['batch_size']}, {precision}, {where}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
-        raise DataError(f"cannot write the figure {path}: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)

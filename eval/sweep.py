@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from eval.common import Spread, print_table, spread
-from eval.operations import check_writable, device
+from eval.common import Spread, check_outputs, print_table, save_figure, spread
+from eval.operations import device
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +76,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise DataError("no CUDA device here; --device cpu measures one thread")
-    for path in filter(None, (config.rows, config.figure)):
-        check_writable(Path(path))
-    if config.figure and not re.search(r"\.(png|pdf|svg)$", config.figure):
-        raise DataError(f"cannot write the figure {config.figure}: its name must end in .png, .pdf or .svg")
+    check_outputs(config.rows, config.figure)
     if config.steps < 2:
         raise DataError("--steps must be at least 2: the first one allocates what the others use")
     if config.device == "cpu":
@@ -369,8 +365,4 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axis.margins(y=0.15)
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an extension that matplotlib does not write
-        raise DataError(f"cannot write the figure {path}: {error}") from None
-    pyplot.close(figure)
+    save_figure(figure, path)
