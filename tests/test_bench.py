@@ -764,7 +764,8 @@ def test_stopped_runs_tell_what_they_measured(
     ("options", "message"),
     [
         ({"rows": "folder"}, "cannot write folder: Is a directory"),
-        ({"figure": "folder"}, "cannot write folder: Is a directory"),
+        ({"figure": "folder.svg"}, "cannot write folder.svg: Is a directory"),
+        ({"figure": "folder"}, "cannot write the figure folder: its name must end in .png, .pdf or .svg"),
         ({"figure": "file/figure.png"}, "cannot write file/figure.png: "),
         ({"figure": "figure.bmp"}, "figure.bmp: its name must end in .png, .pdf or .svg"),
     ],
@@ -775,6 +776,7 @@ def test_paths_are_checked_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured"))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.svg").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=message):
         operations.main(operations.Config(device="cpu", **{"rows": "rows.jsonl", **options}))
