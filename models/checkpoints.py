@@ -113,7 +113,8 @@ class CheckpointWriter:
     """Saves checkpoints while training goes on: `save` only copies, a thread checks, writes and syncs.
 
     What a checkpoint is does not change: whole or not there, and one at a time. The copies, on the CPU (in pinned
-    memory where tensors are on a GPU), take as much memory as a checkpoint does and are kept for the next one.
+    memory where tensors are on a GPU), take as much memory as a checkpoint does and are kept for the next one; what is
+    channels-last takes as much again while it is written.
 
     Args:
         folder, keep: as for `save_checkpoint`.
@@ -163,8 +164,8 @@ class CheckpointWriter:
         """Where the copy of a tensor is kept."""
         kept = self._copies.get((group, name))
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # Contiguous, whatever the tensor is: the format cannot hold channels-last ones.
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # As the tensor lies in memory: the thread turns what is channels-last into what the format holds.
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._copies[group, name] = kept
         return kept
 
