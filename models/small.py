@@ -1,19 +1,21 @@
-"""The project's small nets: LeNet for 28x28 grey images; CIFAR forms of ResNet, VGG and DenseNet for 32x32 colour.
+"""The project's small nets: LeNet and ResNet-18 for 28x28 grey images; ResNet, VGG, DenseNet for 32x32 colour.
 
 Each takes *normalised* images [N, C, S, S] and returns logits [N, num_classes], or, with `num_classes=0`, the features
 [N, D] before the classifier. `SMALL_NETS` says which exist, with the pixel statistics the published training codes use:
 those differ (standard deviation .2023/.1994/.2010 in the smoothing codes' ResNets, .247/.243/.261 in "Hold me tight!"),
-so each net keeps its own.
+so each net keeps its own. They start as there too: He's normal numbers in the smoothing codes' ResNets and in VGG,
+torch's own initialisation in the others.
 
 Sources: LeCun et al. 1998 with ReLU and max-pooling; He et al. 2016 (arXiv:1512.03385) §4.2 for the 6n+2-layer ResNets,
-here with a convolution on every shortcut that changes shape; Simonyan & Zisserman (arXiv:1409.1556) with BatchNorm;
-Huang et al. (arXiv:1608.06993), growth 32.
+here with a convolution on every shortcut that changes shape; Simonyan & Zisserman (arXiv:1409.1556), without and with
+BatchNorm; Huang et al. (arXiv:1608.06993), growth 32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,17 @@ from torch.nn import functional as F
 
 def _classifier(features: int, num_classes: int) -> nn.Module:
     return nn.Linear(features, num_classes) if num_classes else nn.Identity()
+
+
+def _he_normal(net: nn.Module) -> None:
+    """Convolutions as He et al. 2015 draw them, for the fan-out. Without it a VGG-19 without BatchNorm does not train:
+    torch's own bounds shrink its maps to a sixth of their variance in each layer.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class LeNet(nn.Module):
@@ -91,18 +104,26 @@ class CifarResNet(nn.Module):
 
 
 class Vgg19(nn.Module):
-    """Sixteen 3x3 convolutions with BatchNorm, five max-poolings down to 1x1, one linear classifier; 512 features."""
+    """Sixteen 3x3 convolutions, five max-poolings down to 1x1, three linear layers with dropout; 512 features.
 
-    def __init__(self, num_classes: int) -> None:
+    The classifier is that of "Hold me tight!": two hidden layers of 512, each with ReLU and dropout of one half.
+    """
+
+    def __init__(self, num_classes: int, *, batch_norm: bool) -> None:
         super().__init__()
         self.features = nn.Sequential()
         channels = 3
         for width, convolutions in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
             for _ in range(convolutions):
-                self.features.extend([nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()])
+                self.features.append(nn.Conv2d(channels, width, 3, padding=1))
+                if batch_norm:
+                    self.features.append(nn.BatchNorm2d(width))
+                self.features.append(nn.ReLU())
                 channels = width
             self.features.append(nn.MaxPool2d(2))
-        self.classifier = _classifier(channels, num_classes)
+        hidden = [layer for _ in range(2) for layer in (nn.Linear(channels, channels), nn.ReLU(), nn.Dropout())]
+        self.classifier = nn.Sequential(*hidden, _classifier(channels, num_classes))
+        _he_normal(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).mean((2, 3)))
@@ -170,26 +191,42 @@ class SmallNet:
     std: tuple[float, ...]
 
 
+_MNIST_MEAN, _MNIST_STD = (0.1307,), (0.3081,)
 _CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 _SMOOTHING_STD = (0.2023, 0.1994, 0.2010)
 _MARGINS_STD = (0.247, 0.243, 0.261)
 
 
 def _thin_resnet(depth: int) -> SmallNet:
-    blocks = [(depth - 2) // 6] * 3
-    return SmallNet(
-        lambda classes: CifarResNet(blocks, (16, 32, 64), classes), 64, "fc", 32, _CIFAR_MEAN, _SMOOTHING_STD
-    )
+    def build(num_classes: int) -> nn.Module:
+        net = CifarResNet([(depth - 2) // 6] * 3, (16, 32, 64), num_classes)
+        _he_normal(net)
+        return net
+
+    return SmallNet(build, 64, "fc", 32, _CIFAR_MEAN, _SMOOTHING_STD)
 
 
 def _resnet18(num_classes: int) -> nn.Module:
     return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), num_classes)
 
 
+def _mnist_resnet18(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-18 with its 7x7 stem and max-pooling, for one channel: 28x28 pixels end as 1x1 maps."""
+    from torchvision.models import resnet18  # not at the top: half a second that the other nets need not wait for
+
+    net = resnet18(num_classes=num_classes or 1)
+    net.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+    if not num_classes:
+        net.fc = nn.Identity()
+    return net
+
+
 SMALL_NETS = {
-    "lenet": SmallNet(LeNet, 84, "fc3", 28, (0.1307,), (0.3081,)),
+    "lenet": SmallNet(LeNet, 84, "fc3", 28, _MNIST_MEAN, _MNIST_STD),
+    "mnist_resnet18": SmallNet(_mnist_resnet18, 512, "fc", 28, _MNIST_MEAN, _MNIST_STD),
     **{f"cifar_resnet{depth}": _thin_resnet(depth) for depth in (20, 32, 44, 56, 110)},
     "cifar_resnet18": SmallNet(_resnet18, 512, "fc", 32, _CIFAR_MEAN, _MARGINS_STD),
-    "vgg19": SmallNet(Vgg19, 512, "classifier", 32, _CIFAR_MEAN, _MARGINS_STD),
+    "vgg19": SmallNet(partial(Vgg19, batch_norm=False), 512, "classifier.6", 32, _CIFAR_MEAN, _MARGINS_STD),
+    "vgg19_bn": SmallNet(partial(Vgg19, batch_norm=True), 512, "classifier.6", 32, _CIFAR_MEAN, _MARGINS_STD),
     "densenet121": SmallNet(DenseNet121, 1024, "classifier", 32, _CIFAR_MEAN, _MARGINS_STD),
 }

@@ -14,7 +14,8 @@ from torch import nn
 
 from models import ModelError
 from models.download import hub_file, torchvision_file
-from models.small import SMALL_NETS
+from models.original_weights import with_own_names
+from models.small import SMALL_NETS, SmallNet
 from models.weights import SUFFIXES, Weights, first_line, load_into, read_weights
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,29 @@ class Tower:
     weights_file: Path | None = None
 
 
-def torchvision_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
-    """torchvision's classification network `architecture`; `source` is one of its weight tags, a file, or empty."""
+@dataclass(frozen=True)
+class TorchvisionNetwork:
+    """A classification network of torchvision with random weights, and what its name says about it.
+
+    module: with `num_classes` outputs. classifier: name of its last layer. loaded: the weights that are named, with
+    their classifier. image_size, mean, std: of the preprocessing that belongs to the tag, or to the default one.
+    """
+
+    module: nn.Module
+    classifier: str
+    loaded: Weights | None
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def torchvision_network(
+    name: str, architecture: str, source: str, weights: bool, *, num_classes: int | None = None
+) -> TorchvisionNetwork:
+    """torchvision's `architecture`; `source` is one of its weight tags, a file, or empty.
+
+    num_classes: of the network; None for as many as the weights have, or 1000.
+    """
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -54,7 +76,7 @@ def torchvision_tower(name: str, architecture: str, source: str, weights: bool) 
     tag = tags.DEFAULT  # its preprocessing stands for the architecture's where the weights are not torchvision's own
     loaded = None
     if is_file(source):
-        loaded = read_weights(source)
+        loaded = with_own_names(read_weights(source), architecture)
     elif source:
         if source not in tags.__members__:
             raise unknown(
@@ -69,19 +91,41 @@ def torchvision_tower(name: str, architecture: str, source: str, weights: bool) 
     )
     if classifier is None or getattr(module, "aux_logits", False):
         raise ModelError(f"{name}: not supported, its features are not the input of one last linear layer")
-    parent, _, attribute = classifier.rpartition(".")
-    feature_dim = module.get_submodule(classifier).in_features
-    setattr(module.get_submodule(parent), attribute, nn.Identity())
+    if num_classes is None and loaded is not None:
+        num_classes = outputs(loaded, classifier)
+    if num_classes not in (None, 1000):
+        parent, _, attribute = classifier.rpartition(".")
+        last = module.get_submodule(classifier)
+        assert isinstance(last, nn.Linear)
+        layer = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
+        setattr(module.get_submodule(parent), attribute, layer)
     preprocess = tag.transforms()
+    size, mean, std = preprocess.crop_size[0], tuple(preprocess.mean), tuple(preprocess.std)
+    return TorchvisionNetwork(module, classifier, loaded, size, mean, std)
+
+
+def torchvision_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
+    """`torchvision_network` without its classifier."""
+    network = torchvision_network(name, architecture, source, weights)
+    parent, _, attribute = network.classifier.rpartition(".")
+    last = network.module.get_submodule(network.classifier)
+    assert isinstance(last, nn.Linear)
+    setattr(network.module.get_submodule(parent), attribute, nn.Identity())
     tower = Tower(
-        module,
+        network.module,
         f"torchvision:{architecture}",
-        image_size=preprocess.crop_size[0],
-        feature_dim=int(feature_dim),
-        mean=tuple(preprocess.mean),
-        std=tuple(preprocess.std),
+        image_size=network.image_size,
+        feature_dim=last.in_features,
+        mean=network.mean,
+        std=network.std,
     )
-    return with_weights(tower, name, loaded, weights, [classifier])
+    return with_weights(tower, name, network.loaded, weights, [network.classifier])
+
+
+def outputs(loaded: Weights, classifier: str) -> int | None:
+    """How many classes the last layer `classifier` of some weights has; None where they have no such layer."""
+    weight = loaded.state.get(f"{classifier}.weight")
+    return None if weight is None or weight.ndim != 2 else len(weight)
 
 
 def timm_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
@@ -138,8 +182,8 @@ def _timm_hub_file(name: str, architecture: str) -> Path:
     return hub_file(config.hf_hub_id, files, name)
 
 
-def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
-    """This project's small net `architecture`; `source` is a file, or empty."""
+def small_net(name: str, architecture: str, source: str, weights: bool) -> tuple[SmallNet, Weights | None]:
+    """This project's small net `architecture` and the weights in the file `source`, which may be empty."""
     if architecture not in SMALL_NETS:
         elsewhere = [
             f"{library}:{architecture}" for library, known in _library_models().items() if architecture in known
@@ -150,7 +194,12 @@ def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tow
     require_source(name, source, weights)
     if source and not is_file(source):
         raise ModelError(f"{name}: expected {architecture}/FILE ({', '.join(SUFFIXES)})")
-    net = SMALL_NETS[architecture]
+    return SMALL_NETS[architecture], with_own_names(read_weights(source), architecture) if source else None
+
+
+def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tower:
+    """This project's small net `architecture` without its classifier; `source` is a file, or empty."""
+    net, loaded = small_net(name, architecture, source, weights)
     tower = Tower(
         net.build(0),
         architecture,
@@ -159,7 +208,7 @@ def small_tower(name: str, architecture: str, source: str, weights: bool) -> Tow
         mean=net.mean,
         std=net.std,
     )
-    return with_weights(tower, name, read_weights(source) if source else None, weights, [net.classifier])
+    return with_weights(tower, name, loaded, weights, [net.classifier])
 
 
 def _library_models() -> dict[str, list[str]]:

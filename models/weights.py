@@ -1,8 +1,8 @@
 """Weight files: read safely, cleaned of wrappers' prefixes, checked, hashed and written atomically.
 
-Only tensors are ever taken from a file. Safetensors is the format of this project; a `.pt`/`.pth`/`.bin` file is read
-by `torch.load(weights_only=True)`, which refuses pickled code instead of running it. Whatever is wrong with a file a
-user named raises `ModelError` with one line that names the file.
+Only tensors are ever taken from a file. Safetensors is the format of this project; a `.pt`/`.pth`/`.t7`/... file is
+read by `torch.load(weights_only=True)`, which refuses pickled code instead of running it. Whatever is wrong with a file
+a user named raises `ModelError` with one line that names the file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from models import ModelError
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".t7", ".pth.tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 # Left by DataParallel/DDP, torch.compile, and the CLIP wrapper of the feature-contamination code, in any order.
 _MODULE, _COMPILED, RESEARCH_PREFIX = "module.", "_orig_mod.", "model."
 # Names under which training programs nest the weights beside their epoch, optimiser and so on.
-_NESTED = ("state_dict", "model_state_dict", "model")
+_NESTED = ("state_dict", "model_state_dict", "model", "net")
 # One header field for all of ours: safetensors writes several fields in random order, so equal content would not give
 # equal bytes.
 _HEADER_FIELD = "shiftlens"
@@ -62,7 +62,7 @@ def read_weights(file: str | Path) -> Weights:
     file = Path(file).expanduser()
     if not file.is_file():
         raise ModelError(f"no weight file at {file} (working folder {Path.cwd()})")
-    if file.suffix not in SUFFIXES:
+    if not file.name.endswith(SUFFIXES):
         raise ModelError(f"{file}: unknown kind of weight file; expected one of {', '.join(SUFFIXES)}")
     try:
         state, metadata = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_torch(file), {})
@@ -118,7 +118,10 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         found = f" ({culprit.group(1)})" if culprit else ""
-        raise ModelError(f"{file} holds pickled objects{found} or is damaged: refused, nothing was executed") from None
+        raise ModelError(
+            f"{file} holds pickled objects{found} or is damaged: refused, nothing was executed; where you trust it, "
+            "load it with the code that wrote it and save its state_dict alone"
+        ) from None
     except (OSError, ModelError):
         raise
     # A damaged archive makes torch raise nearly anything: RuntimeError, EOFError, KeyError, UnicodeDecodeError...

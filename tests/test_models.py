@@ -188,7 +188,9 @@ def test_small_nets_give_the_reference_logits(goldens: Path, net: str, weights: 
         ("cifar_resnet56", 855_770, 64, 3),
         ("cifar_resnet110", 1_730_714, 64, 3),
         ("cifar_resnet18", 11_173_962, 512, 4),
-        ("vgg19", 20_040_522, 512, 0),
+        ("mnist_resnet18", 11_175_370, 512, 4),
+        ("vgg19", 20_554_826, 512, 0),
+        ("vgg19_bn", 20_565_834, 512, 0),
         ("densenet121", 6_956_298, 1024, 0),
     ],
 )
