@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels.bench_cases import Case
 from kernels.distill_loss import projected_distill_loss
-from kernels.pgd_step import pgd_step
+from kernels.pgd_step import ORDERS, pgd_step
 from kernels.probe_loss import multi_head_cross_entropy
 
 # Name → what makes a competitor of a function: torch.compile in one of its modes.
@@ -171,7 +171,7 @@ def _liger_distill(
 def pgd_trial(case: Case, compilers: Compilers, device: torch.device) -> Trial:
     """Images in [0, 1], a perturbation within the ball and the box, a gradient of usual size."""
     norm, _, rest = case.option.partition(" ")
-    order = "box_then_ball" if rest == "box_then_ball" else "ball_then_box"
+    order = rest if rest in ORDERS else "ball_then_box"
     values = math.prod(case.sizes[1:])
     # Usual settings: 8/255 per pixel; 0.5 on CIFAR and 3 on ImageNet in L2; 12 on CIFAR in L1.
     eps = {"linf": 8 / 255, "l2": 0.5 if values < 10_000 else 3.0, "l1": 12.0}[norm]

@@ -2,19 +2,23 @@
 
     box_then_ball   a = clip(adv + s·u, 0, 1);  δ = project(a - clean);            adv' = clean + δ
     ball_then_box   a = adv + s·u;              δ = project(a - clean);            adv' = clip(clean + δ, 0, 1)
+    nearest         a = adv + s·u;              adv' = the point of ball and box nearest to a
 
 Shapes: adv, grad, clean [B, ...] with one sample per row; s (step) and eps are numbers or [B]. Per sample:
 
     norm   direction u                                       project(δ)
     linf   sign(g), sign(0) = 0                              clip(δ, -eps, eps)
-    l2     g/‖g‖ (box first), g/(‖g‖ + 1e-10) (ball first)   δ·eps/(‖δ‖ + 1e-7) (box first), δ·eps/‖δ‖, where ‖δ‖ > eps
+    l2     g/‖g‖, or g/(‖g‖ + 1e-10) (ball first)            δ·eps/(‖δ‖ + 1e-7) (box first), δ·eps/‖δ‖, where ‖δ‖ > eps
     l1     g/‖g‖₁                                            nearest point of the L1 ball: soft threshold (Duchi 2008)
 
-The l2 rows are the published ones: box_then_ball is SmoothAdv's PGD_L2 (Salman et al., arXiv:1906.04584), ball_then_box
+The l2 row has the published ones: box_then_ball is SmoothAdv's PGD_L2 (Salman et al., arXiv:1906.04584), ball_then_box
 torchattacks' PGDL2. A zero gradient moves nothing, unless `zero_direction` is given (SmoothAdv draws randn, not
-normalised). Gradients are divided by their largest entry before they are squared, so that neither 1e-30 nor 1e30
-is lost. With clean in [0, 1] either order ends inside ball and box: every projection only shrinks |δᵢ|. Neither is the
-nearest point of the intersection, except for linf, where both orders are the same function.
+normalised). Gradients are divided by their largest entry before they are squared, so that neither 1e-30 nor 1e30 is
+lost. With clean in [0, 1] every order ends inside ball and box: projections only shrink |δᵢ|. The published ones do not
+end at the nearest point of the intersection, except for linf, where all three are the same function. For l2 that point
+is clip((a + t·clean)/(1 + t), 0, 1) with t = 0 or, if that is outside the ball, the t that puts it on the sphere (the
+conditions of Karush, Kuhn and Tucker). Newton's method finds s = 1/(1 + t), exactly and within few steps. l1 has no
+`nearest`.
 
 Not differentiable: inputs are detached. Two more things are written on the way if asked for: `out` (may be adv itself)
 and `model_input`, what the model reads next: adv' + noise in its own type and memory format, m copies of each sample.
@@ -37,10 +41,11 @@ clean, a bfloat16 gradient and a bfloat16 model_input a value costs 16 bytes in 
 memory format included. Each later pass runs through the batch in the opposite direction, so that it finds the end of
 the one before in the L2 cache. Between passes there are four float32 sums for each 4,096 values, nothing larger.
 
-The reference runs on CPU, for float64, and for l1 above 16,384 values (logged). Memory formats: each tensor contiguous
-or channels-last on its own, by index arithmetic; 16-byte accesses need it to be adv's. Copied first are inputs with
-other strides, a zero_direction in another format than adv and, for l2 and l1 of 4,097 to 16,384 values, whatever is
-read in another format: registers are full. No atomics: results repeat bit for bit; nothing waits for the device.
+The reference runs on CPU, for float64, and for l1 and l2 nearest above 16,384 values (logged). Memory formats: each
+tensor contiguous or channels-last on its own, by index arithmetic; 16-byte accesses need it to be adv's. Copied first
+are inputs with other strides, a zero_direction in another format than adv and, for l2 and l1 of 4,097 to 16,384 values,
+whatever is read in another format: registers are full. No atomics: results repeat bit for bit; nothing waits for the
+device.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -48,7 +53,7 @@ read in another format: registers are full. No atomics: results repeat bit for b
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,48 +61,77 @@ from torch import Tensor
 from kernels.dispatch import HAS_TRITON, INTERPRETED, Kernel, jit, tl, triton, use_triton
 
 Norm = Literal["linf", "l2", "l1"]
-Order = Literal["box_then_ball", "ball_then_box"]
+Order = Literal["box_then_ball", "ball_then_box", "nearest"]
 Number = float | Tensor
+ORDERS: tuple[str, ...] = get_args(Order)
 
 # (values, warps) of one program. A row program holds its sample in registers: the first entry that is long enough.
 ROW_BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
 ELEMENTWISE_BLOCK = (1024, 4)
 CHUNK = (4096, 8)
 LONGEST_ROW = ROW_BLOCKS[-1][0]
+NEWTON_STEPS = 32  # of the reference: more than enough, as what is missing times the slope falls fourfold in each
 
 _INTERPRETED: Any = tl.constexpr(INTERPRETED) if HAS_TRITON else INTERPRETED
 
 
 def _reference(
-    images: tuple[Tensor, Tensor, Tensor], step: Number, eps: Number, norm: Norm, box_first: bool, zero: Tensor | None
+    images: tuple[Tensor, Tensor, Tensor], step: Number, eps: Number, norm: Norm, order: Order, zero: Tensor | None
 ) -> Tensor:
-    """adv, grad, clean → adv', in float32 (float64 if any is): the formulas above, literally."""
+    """adv, grad, clean → adv', in float32 (float64 if any is): the formulas above, literally, in place once copied."""
     compute = torch.float64 if any(image.dtype == torch.float64 for image in images) else torch.float32
     x, g, c = (image.to(compute).reshape(image.shape[0], -1) for image in images)
     step, eps = (value.to(compute)[:, None] if isinstance(value, Tensor) else value for value in (step, eps))
+    box_first = order == "box_then_ball"
     if norm == "linf":
-        direction = torch.where(g.isnan(), g, g.sign())
+        direction = torch.maximum(g.sign(), g.clamp(max=-1))  # sign alone makes 0 of NaN
     else:
         largest = g.abs().amax(1, keepdim=True)
         still = largest == 0
         scale = largest.masked_fill(still, 1)
-        length = torch.linalg.vector_norm(g / scale, 1 if norm == "l1" else 2, 1, keepdim=True)
-        if norm == "l2" and not box_first:
-            length = length + 1e-10 / scale
-        direction = g / scale / length.masked_fill(still, 1)
+        direction = g / scale
+        length = torch.linalg.vector_norm(direction, 1 if norm == "l1" else 2, 1, keepdim=True)
+        if norm == "l2" and order == "ball_then_box":
+            length += 1e-10 / scale
+        direction /= length.masked_fill_(still, 1)
         if zero is not None:
             direction = torch.where(still, zero.to(compute).reshape(x.shape), direction)
-    moved = x + step * direction
-    delta = (moved.clamp(0, 1) if box_first else moved) - c
+    moved = direction.mul_(step).add_(x)
+    delta = (moved.clamp_(0, 1) if box_first else moved).sub_(c)
     if norm == "linf":
-        delta = delta.clamp(-eps, eps)  # type: ignore[arg-type]
-    elif norm == "l2":
-        length = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
-        delta = delta * torch.where(length <= eps, 1.0, eps / (length + 1e-7 if box_first else length))
-    else:
+        delta.clamp_(-eps, eps)  # type: ignore[arg-type]
+    elif norm == "l1":
         delta = _project_l1(delta, eps)
-    moved = c + delta
-    return (moved if box_first else moved.clamp(0, 1)).reshape(images[0].shape)
+    elif order == "nearest":
+        delta *= _nearest_share(delta, c, eps)
+    else:
+        length = torch.linalg.vector_norm(delta, dim=1, keepdim=True)
+        delta *= torch.where(length <= eps, 1.0, eps / (length + 1e-7 if box_first else length))
+    moved = delta.add_(c)
+    return (moved if box_first else moved.clamp_(0, 1)).reshape(images[0].shape)
+
+
+def _nearest_share(delta: Tensor, clean: Tensor, eps: Number) -> Tensor:
+    """The s [B, 1] with which clip(clean + s·delta, 0, 1) is the point of ball and box nearest to clean + delta.
+
+    Newton's method as in the kernel. The number of its steps is fixed so that nothing waits for the device.
+    """
+    size = delta.abs()
+    room = torch.where(delta > 0, 1 - clean, clean)
+    squares, faces = size.square(), room.square()
+    total = torch.minimum(squares, faces).sum(1, keepdim=True)
+    bound = eps * eps
+    share = torch.zeros_like(total)
+    free = room > 0
+    for _ in range(NEWTON_STEPS):
+        slope = torch.where(free, squares, 0).sum(1, keepdim=True)
+        kept = torch.where(free, 0, faces).sum(1, keepdim=True)
+        slope.masked_fill_(slope == 0, float("inf"))
+        share = torch.maximum(share, ((bound - kept).clamp(min=0) / slope).sqrt())
+        was, free = free, share * size < room
+        if clean.device.type == "cpu" and not torch.compiler.is_compiling() and bool((was == free).all()):
+            break
+    return torch.where(total <= bound, 1.0, torch.where(total == total, share, total))
 
 
 def _project_l1(delta: Tensor, eps: Number) -> Tensor:
@@ -182,10 +216,10 @@ def _unit(g, largest):
 
 
 @jit
-def _rate(step, largest, length, L1: tl.constexpr, BOX_FIRST: tl.constexpr):
-    """What to multiply _unit(g, largest), of norm `length`, by; 0 for a zero gradient."""
+def _rate(step, largest, length, EXACT: tl.constexpr):
+    """What to multiply _unit(g, largest), of norm `length`, by; 0 for a zero gradient. EXACT: without the 1e-10."""
     still = largest == 0
-    if not BOX_FIRST and not L1:
+    if not EXACT:
         length += tl.div_rn(tl.cast(1e-10, tl.float32), tl.where(still, 1.0, largest))
     return tl.where(still, 0.0, tl.div_rn(step, tl.where(still, 1.0, length)))
 
@@ -225,6 +259,32 @@ def _l1_threshold(magnitude, bound):
     return tl.where(total <= bound, 0.0, tl.where(total == total, threshold, total))
 
 
+@jit
+def _share(delta, clean, bound):
+    """The s ≤ 1 with ‖clip(clean + s·δ, 0, 1) - clean‖ = bound; 1 if that is in the ball already.
+
+    Newton's method in s², in which the square of the norm is concave and piecewise linear: from below it never goes too
+    far, and it ends when no more values reach a face of the box. Only δ and clean are held: registers are full.
+    """
+    change = _clip(clean + delta, 0.0, 1.0) - clean
+    total = tl.sum(change * change, 0)
+    share = tl.div_rn(bound, tl.sqrt_rn(tl.sum(delta * delta, 0)))
+    free = delta.shape[0]
+    going = total > bound * bound
+    while going:
+        moved = clean + share * delta
+        inside = (moved > 0) & (moved < 1)
+        change = tl.where(inside, share * delta, _clip(moved, 0.0, 1.0) - clean)
+        still_free = tl.sum(inside.to(tl.int32), 0)
+        moving = tl.sum(tl.where(inside, change * change, 0.0), 0)
+        kept = tl.sum(tl.where(inside, 0.0, change * change), 0)
+        going = (still_free < free) & (moving > 0)
+        left = tl.maximum(bound * bound - kept, 0.0)
+        share = tl.where(going, share * tl.sqrt_rn(tl.div_rn(left, moving)), share)
+        free = still_free
+    return tl.where(total <= bound * bound, 1.0, tl.where(total == total, share, total))
+
+
 # In all kernels GRAD, CLEAN, OUT, MODEL and NOISE say whether that tensor has the other memory format than adv.
 
 
@@ -247,8 +307,8 @@ def _linf_kernel(adv, grad, clean, out, model_input, noise, step_size, step_size
 
 @jit
 def _row_kernel(adv, grad, clean, zero, out, model_input, noise, step_size, step_sizes, eps, eps_each,
-                values, inner, copies, L1: tl.constexpr, BOX_FIRST: tl.constexpr, GRAD: tl.constexpr,
-                CLEAN: tl.constexpr, OUT: tl.constexpr, MODEL: tl.constexpr, NOISE: tl.constexpr,
+                values, inner, copies, L1: tl.constexpr, BOX_FIRST: tl.constexpr, NEAREST: tl.constexpr,
+                GRAD: tl.constexpr, CLEAN: tl.constexpr, OUT: tl.constexpr, MODEL: tl.constexpr, NOISE: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """l2 or l1: one sample, held in registers."""
     row = tl.program_id(0).to(tl.int64)
@@ -259,10 +319,12 @@ def _row_kernel(adv, grad, clean, zero, out, model_input, noise, step_size, step
     largest = _largest(g)
     unit = _unit(g, largest)
     length = tl.sum(tl.abs(unit), 0) if L1 else tl.sqrt_rn(tl.sum(unit * unit, 0))
-    rate = _rate(step, largest, length, L1, BOX_FIRST)
+    rate = _rate(step, largest, length, L1 or BOX_FIRST or NEAREST)
     moved = _moved(x, g, zero, row, index, values, step, largest, rate, BOX_FIRST)
     delta = tl.where(inside, moved - c, 0.0)
-    if L1:
+    if NEAREST:
+        delta *= _share(delta, c, bound)
+    elif L1:
         left = tl.abs(delta) - _l1_threshold(tl.abs(delta), bound)
         left = tl.maximum(left, 0.0, propagate_nan=tl.PropagateNan.ALL)
         delta = tl.where(delta < 0, -left, left) * tl.where(bound > 0, 1.0, 0.0)
@@ -314,7 +376,7 @@ def _long_kernel(adv, grad, clean, zero, out, model_input, noise, partials, step
     largest = tl.max(most, 0)
     ratio = _unit(most, largest)
     squares = tl.sum(tl.load(place + chunks, mask=part < chunks, other=0.0) * ratio * ratio, 0)
-    rate = _rate(step, largest, tl.sqrt_rn(squares), False, BOX_FIRST)
+    rate = _rate(step, largest, tl.sqrt_rn(squares), BOX_FIRST)
     moved = _moved(x, g, zero, row, index, values, step, largest, rate, BOX_FIRST)
     delta = moved - c
     if out is None:
@@ -359,12 +421,13 @@ def _launch(
     eps: float,
     eps_each: Tensor | None,
     norm: str,
-    box_first: bool,
+    order: str,
 ) -> None:
     """The kernels as an operator that compilers see. adv None: `out` holds it, as an operator's inputs may not overlap.
 
     That is safe in the kernels: what one program writes, no other program and no later pass reads.
     """
+    box_first = order == "box_then_ball"
     adv, grad, clean = _dense(out if adv is None else adv), _dense(grad), _dense(clean)
     noise = None if noise is None else _dense(noise)
     samples, values = adv.shape[0], adv.numel() // adv.shape[0]
@@ -387,7 +450,8 @@ def _launch(
         if norm != "linf" and values <= LONGEST_ROW:
             block, warps = next(entry for entry in ROW_BLOCKS if values <= entry[0])
             launch = {"BLOCK": block, "num_warps": warps}
-            _row_kernel[(samples,)](**common, **written, **launch, zero=zero, L1=norm == "l1")
+            mode = {"L1": norm == "l1", "NEAREST": order == "nearest"}
+            _row_kernel[(samples,)](**common, **written, **launch, **mode, zero=zero)
             return
         block, warps = ELEMENTWISE_BLOCK if norm == "linf" else CHUNK
         chunks = -(-values // block)
@@ -509,8 +573,10 @@ def pgd_step(
             NaN, a step that is not finite, an unknown norm or order, outputs that overlap inputs (other than out = adv)
             or whose strides are neither contiguous nor channels-last, kernel="triton" where the kernels cannot run.
     """
-    if norm not in ("linf", "l2", "l1") or order not in ("box_then_ball", "ball_then_box"):
-        raise ValueError(f"norm must be linf, l2 or l1 and order box_then_ball or ball_then_box: {norm!r}, {order!r}")
+    if norm not in ("linf", "l2", "l1") or order not in ORDERS:
+        raise ValueError(f"norm must be linf, l2 or l1 and order one of {', '.join(ORDERS)}: {norm!r}, {order!r}")
+    if (norm, order) == ("l1", "nearest"):
+        raise ValueError("order nearest is for l2 and linf: of the L1 ball and the box only the published orders exist")
     named = {"grad": grad, "clean": clean, "noise": noise, "zero_direction": zero_direction}
     inputs = {name: image for name, image in named.items() if image is not None}
     written = {name: x for name, x in (("out", out), ("model_input", model_input)) if x is not None}
@@ -524,8 +590,8 @@ def pgd_step(
     # Triton and torch know Python's numbers, not NumPy's.
     step_size, eps = (value if isinstance(value, Tensor) else float(value) for value in (step_size, eps))
     operation = "pgd_step"
-    if norm == "l1" and adv[:1].numel() > LONGEST_ROW:
-        operation = f"pgd_step (l1, samples above {LONGEST_ROW} values)"
+    if (norm == "l1" or (norm, order) == ("l2", "nearest")) and adv[:1].numel() > LONGEST_ROW:
+        operation = f"pgd_step ({norm if norm == 'l1' else order}, samples above {LONGEST_ROW} values)"
         if kernel == "triton":
             raise ValueError(f"{operation}: kernel='triton' cannot run: adv {tuple(adv.shape)}")
         kernel = "reference"
@@ -537,19 +603,18 @@ def pgd_step(
         )
     if not adv.numel():
         return out
-    box_first = order == "box_then_ball"
     if fused:
         step, bound = (0.0 if isinstance(value, Tensor) else value for value in (step_size, eps))
         old = None if in_place else adv
         inputs_of_kernels = (out, old, grad, clean, model_input, noise, zero_direction)
-        settings = (step, each[0], bound, each[1], norm, box_first)
+        settings = (step, each[0], bound, each[1], norm, order)
         if torch.compiler.is_compiling():
             _pgd_step(*inputs_of_kernels, *settings)
         else:  # the operator's way through torch's dispatcher takes longer than a step on a small batch
             _launch(*inputs_of_kernels, *settings)
             torch.autograd.graph.increment_version(list(written.values()))
         return out
-    out.copy_(_reference((adv, grad, clean), step_size, eps, norm, box_first, zero_direction))
+    out.copy_(_reference((adv, grad, clean), step_size, eps, norm, order, zero_direction))
     if model_input is not None:
         seen = out.repeat_interleave(model_input.shape[0] // adv.shape[0], 0)
         seen = seen.to(torch.promote_types(out.dtype, torch.float32))

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import pgd_step as module
+from kernels.dct import flip
 from kernels.pgd_step import pgd_step
 from models.small import SMALL_NETS
 
 NORMS = ("linf", "l2", "l1")
 ORDERS = ("box_then_ball", "ball_then_box")
+MODES = [*product(NORMS, ORDERS), ("linf", "nearest"), ("l2", "nearest")]
 EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 2.0}
 # Half the distance between neighbours below 1: what rounding adv' to its type costs each pixel at most.
 HALF_ULP = {torch.float32: 2.0**-25, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float64: 2.0**-54}
 LONG = 2 * module.CHUNK[0] + module.LONGEST_ROW + 3
+# Every norm and order that has kernels at a size: long samples have none for l1 and for the nearest point.
+SIZES = [(*mode, 40) for mode in MODES] + [("l2", order, LONG) for order in ORDERS]
 
 
 def shaped(images: Tensor, form: str) -> Tensor:
@@ -59,6 +64,21 @@ def projected_l1(delta: np.ndarray, eps: float) -> np.ndarray:
     return np.sign(delta) * np.maximum(magnitude - high, 0)
 
 
+def nearest_point(moved: np.ndarray, clean: np.ndarray, eps: float) -> np.ndarray:
+    """u(t) = clip((moved + t·clean)/(1 + t), 0, 1) with the smallest t >= 0 that lies in the ball: s = 1/(1 + t)."""
+
+    def u(s: float) -> np.ndarray:
+        return np.clip(clean + s * (moved - clean), 0, 1)
+
+    low, high = 0.0, 1.0
+    if np.linalg.norm(u(high) - clean) <= eps:
+        return np.clip(moved, 0, 1)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.linalg.norm(u(middle) - clean) <= eps else (low, middle)
+    return u(low)
+
+
 def formula(adv: Tensor, grad: Tensor, clean: Tensor, step_size: Any, eps: Any, norm: str, order: str) -> Tensor:
     """The step sample by sample in float64, written as the published codes do."""
     samples = []
@@ -76,13 +96,15 @@ def formula(adv: Tensor, grad: Tensor, clean: Tensor, step_size: Any, eps: Any, 
         delta = (np.clip(moved, 0, 1) if order == "box_then_ball" else moved) - c
         if norm == "linf":
             delta = np.clip(delta, -bound, bound)
+        elif order == "nearest":
+            delta = nearest_point(moved.ravel(), c.ravel(), bound).reshape(delta.shape) - c
         elif norm == "l2":
             length = np.linalg.norm(delta.ravel())
             if length > bound:
                 delta = delta * bound / (length + (1e-7 if order == "box_then_ball" else 0))
         else:
             delta = projected_l1(delta.ravel(), bound).reshape(delta.shape)
-        samples.append(np.clip(c + delta, 0, 1) if order == "ball_then_box" else c + delta)
+        samples.append(c + delta if order == "box_then_ball" else np.clip(c + delta, 0, 1))
     return torch.from_numpy(np.stack(samples)) if samples else torch.empty(adv.shape, dtype=torch.float64)
 
 
@@ -194,8 +216,7 @@ def test_published_runs_with_kernels(runs: dict[str, Any], goldens: Path, device
 # --- Reference and kernels against the formulas -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("norm", "order"), MODES)
 @pytest.mark.parametrize("shape", [(3, 3, 5, 4), (2, 7), (4,), (1, 2, 3, 4, 5), (2, 1, 1, 1)])
 def test_reference_is_the_formula(norm: Any, order: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -206,6 +227,58 @@ def test_reference_is_the_formula(norm: Any, order: Any, shape: tuple[int, ...])
         assert new.dtype == torch.float64
         assert (new - expected).abs().max() <= 1e-12
         assert_in_ball_and_box(new, clean, eps, norm)
+
+
+@pytest.mark.parametrize("case", ["mnist_eps2", "rand1x8x8_eps1"])
+@pytest.mark.parametrize(("dtype", "kernel", "tolerance"), [(torch.float64, "reference", 1e-9),
+                                                            (torch.float32, "reference", 2e-5),
+                                                            (torch.float32, "triton", 2e-5)])  # fmt: skip
+def test_nearest_is_the_stored_projection(
+    goldens: Path, device: str, dtype: torch.dtype, kernel: Any, tolerance: float, case: str
+) -> None:
+    """Points up to ten radii away, in pixels; the stored ones are in the frequency-flipped domain."""
+    stored = np.load(goldens / "dykstra.npz")
+    point, clean, expected = (flip(torch.from_numpy(stored[f"{case}/{name}"]).double()) for name in ("z0", "x", "proj"))
+    point, clean = point.to(device, dtype), clean.to(device, dtype)
+    eps = float(stored[f"{case}/eps"])
+    found = pgd_step(point, clean, clean, step_size=0, eps=eps, norm="l2", order="nearest", kernel=kernel)
+    distance = (found.cpu() - expected).flatten(1).norm(dim=1)
+    assert distance.max() <= tolerance * eps
+    assert_in_ball_and_box(found, clean, eps, "l2")
+    # The published orders end in ball and box too, but elsewhere.
+    for order in ("box_then_ball", "ball_then_box"):
+        other = pgd_step(point, clean, clean, step_size=0, eps=eps, norm="l2", order=order, kernel=kernel)
+        assert (other.cpu() - expected).flatten(1).norm(dim=1).max() > 1e-3 * eps
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_nearest_where_most_values_reach_a_face(device: str, kernel: Any) -> None:
+    """Sizes over many orders of magnitude, as few values free as there can be, a ball that just holds the corner."""
+    torch.manual_seed(0)
+    values = 200
+    clean = torch.rand(6, values, device=device)
+    size = torch.logspace(-6, 4, values, device=device) * torch.randn(6, values, device=device).sign()
+    size[3] = 1e4 * torch.randn(values, device=device).sign()
+    size[4, 1:] = 0  # one value has to go all the way
+    size[5] = -(clean[5] == clean[5]).float()  # the corner 0, at a distance of ‖clean‖
+    eps = torch.tensor([0.1, 1.0, 5.0, 4.0, 0.01, 1.0], device=device)
+    eps[5] = clean[5].norm()
+    found = pgd_step(clean + size, clean, clean, step_size=0, eps=eps, norm="l2", order="nearest", kernel=kernel)
+    expected = formula(clean + size, clean, clean, 0.0, eps, "l2", "nearest")
+    distance = (found.cpu() - expected).norm(dim=1)
+    assert (distance <= 2e-5 * eps.cpu()).all()
+    assert_in_ball_and_box(found, clean, eps, "l2")
+
+
+def test_orders_of_linf_are_one_function(device: str) -> None:
+    torch.manual_seed(0)
+    adv, grad, clean = example_images((4, 3, 16, 16), "linf", torch.float32, device)
+    orders: tuple[Any, ...] = (*ORDERS, "nearest")
+    options: dict[str, Any] = {"step_size": 0.02, "eps": 8 / 255, "norm": "linf"}
+    found = [pgd_step(adv, grad, clean, **options, order=order) for order in orders]
+    assert orders == module.ORDERS
+    assert (found[0] - found[1]).abs().max() <= 2**-24
+    assert torch.equal(found[1], found[2])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -242,7 +315,7 @@ FORMS = st.sampled_from(["plain", "channels_last", "strided"])
 @given(
     shape=SHAPES,
     norm=st.sampled_from(NORMS),
-    order=st.sampled_from(ORDERS),
+    order=st.sampled_from((*ORDERS, "nearest")),
     types=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 3),
     forms=st.tuples(FORMS, FORMS, FORMS, st.sampled_from(["plain", "channels_last"])),
     copies=st.integers(0, 3),
@@ -264,6 +337,9 @@ FORMS = st.sampled_from(["plain", "channels_last", "strided"])
 @example(shape=(1, 3, 41, 43), norm="l2", order="box_then_ball", types=(torch.float32,) * 3,
          forms=("channels_last", "plain", "strided", "plain"), copies=1, noisy=True, each=False, steps=1.0,
          seed=0)  # fmt: skip
+@example(shape=(1, 3, 41, 43), norm="l2", order="nearest", types=(torch.float32, torch.bfloat16, torch.float32),
+         forms=("channels_last", "plain", "strided", "plain"), copies=1, noisy=True, each=True, steps=100.0,
+         seed=0)  # fmt: skip
 @example(shape=(1, 3, 73, 74), norm="l1", order="ball_then_box", types=(torch.float32,) * 3,
          forms=("plain", "channels_last", "plain", "channels_last"), copies=1, noisy=True, each=False, steps=1.0,
          seed=0)  # fmt: skip
@@ -280,6 +356,8 @@ def test_kernels_are_as_good_as_the_reference(
     steps: float,
     seed: int,
 ) -> None:
+    if norm == "l1" and order == "nearest":
+        order = "ball_then_box"
     torch.manual_seed(seed)
     adv, grad, clean = example_images(shape, norm, torch.float32, device)
     adv, grad, clean = (x.to(kind) for x, kind in zip((adv, grad, clean), types, strict=True))
@@ -314,8 +392,7 @@ def test_kernels_are_as_good_as_the_reference(
         assert torch.equal(old, tensor), f"{name} was modified"
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("norm", "order"), MODES)
 def test_linf_is_exact_and_others_agree_to_roundings(device: str, norm: Any, order: Any) -> None:
     torch.manual_seed(0)
     adv, grad, clean = example_images((4, 3, 16, 16), norm, torch.float32, device)
@@ -325,22 +402,20 @@ def test_linf_is_exact_and_others_agree_to_roundings(device: str, norm: Any, ord
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("norm", "values"), [("linf", 40), ("l2", 40), ("l1", 40), ("l2", LONG)])
+@pytest.mark.parametrize(("norm", "order", "values"), SIZES)
 def test_scale_of_the_gradient_is_immaterial(device: str, norm: Any, values: int, order: Any, kernel: Any) -> None:
     """Squares of 1e-30 vanish in float32, those of 1e30 overflow. (torchattacks' 1e-10 is part of its rule.)"""
     torch.manual_seed(0)
     adv, grad, clean = example_images((2, values), norm, torch.float32, device, scale=1.0)
     options: dict[str, Any] = {"step_size": EPS[norm], "eps": EPS[norm], "norm": norm, "order": order}
     expected = formula(adv, grad, clean, EPS[norm], EPS[norm], norm, order)
-    scales = (1e30, 1e-36) if order == "box_then_ball" or norm != "l2" else (1e30, 1e-4)
+    scales = (1e30, 1e-36) if order != "ball_then_box" or norm != "l2" else (1e30, 1e-4)
     for scale in scales:
         new = pgd_step(adv, grad * scale, clean, **options, kernel=kernel)
         assert (new.cpu() - expected).abs().max() <= 1e-6, scale
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("norm", "values"), [("linf", 40), ("l2", 40), ("l1", 40), ("l2", LONG)])
+@pytest.mark.parametrize(("norm", "order", "values"), SIZES)
 def test_nan_and_infinity_stay_in_their_sample(device: str, norm: Any, values: int, order: Any) -> None:
     torch.manual_seed(0)
     adv, grad, clean = example_images((6, values), norm, torch.float32, device)
@@ -366,7 +441,7 @@ def test_zero_gradients(device: str, values: int, kernel: Any) -> None:
     grad[1] = 0
     grad[1, 2] = -0.0
     direction = torch.randn(3, values, device=device).to(torch.bfloat16)
-    orders: tuple[Any, ...] = ORDERS
+    orders: tuple[Any, ...] = ORDERS if values == LONG else (*ORDERS, "nearest")
     for order in orders:
         still = pgd_step(adv, grad, clean, step_size=0.1, eps=9.0, norm="l2", order=order, kernel=kernel)
         assert torch.equal(still[1], clean[1] + (adv[1] - clean[1]))
@@ -395,8 +470,7 @@ def test_nan_among_zeros_is_no_zero_gradient(device: str, values: int, kernel: A
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("norm", "values"), [("linf", 40), ("l2", 40), ("l1", 40), ("l2", LONG)])
+@pytest.mark.parametrize(("norm", "order", "values"), SIZES)
 def test_no_radius_gives_clean_and_one_radius_per_sample(
     device: str, norm: Any, values: int, order: Any, kernel: Any
 ) -> None:
@@ -415,12 +489,15 @@ def test_no_radius_gives_clean_and_one_radius_per_sample(
 
 # --- Where results go -------------------------------------------------------------------------------------------------
 
-PATHS = [("linf", (2, 3, 21, 17)), ("l2", (2, 3, 8, 8)), ("l1", (2, 3, 8, 8)), ("l2", (1, 3, 77, 73))]
+SHAPE = {"linf": (2, 3, 21, 17), "l2": (2, 3, 8, 8), "l1": (2, 3, 8, 8)}
+PATHS = [
+    *[(*mode, SHAPE[mode[0]]) for mode in MODES if mode != ("linf", "nearest")],  # which is ball_then_box
+    *[("l2", order, (1, 3, 77, 73)) for order in ORDERS],
+]
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("norm", "shape"), PATHS)
+@pytest.mark.parametrize(("norm", "order", "shape"), PATHS)
 def test_in_place_and_other_outputs(device: str, norm: Any, shape: tuple[int, ...], order: Any, kernel: Any) -> None:
     torch.manual_seed(0)
     adv, grad, clean = example_images(shape, norm, torch.float32, device)
@@ -442,8 +519,7 @@ def test_in_place_and_other_outputs(device: str, norm: Any, shape: tuple[int, ..
         assert torch.equal(alias, state)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("norm", "shape"), PATHS)
+@pytest.mark.parametrize(("norm", "order", "shape"), PATHS)
 def test_repeats_bit_for_bit(device: str, norm: Any, shape: tuple[int, ...], order: Any) -> None:
     torch.manual_seed(0)
     adv, grad, clean = example_images(shape, norm, torch.float32, device)
@@ -484,15 +560,15 @@ def test_numbers_of_any_origin(device: str, norm: Any) -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(("norm", "shape"), PATHS)
-def test_opcheck(device: str, norm: str, shape: tuple[int, ...], in_place: bool) -> None:
+@pytest.mark.parametrize(("norm", "order", "shape"), [path for path in PATHS if path[1] != "ball_then_box"])
+def test_opcheck(device: str, norm: str, order: str, shape: tuple[int, ...], in_place: bool) -> None:
     torch.manual_seed(0)
     adv, grad, clean = example_images(shape, norm, torch.float32, device)
     noise = torch.randn((2 * shape[0], *shape[1:]), device=device)
     each = torch.full(shape[:1], 0.1, device=device)
     arguments = (adv if in_place else torch.empty_like(adv), None if in_place else adv, grad, clean)
     for more in ((torch.empty_like(noise), noise, None, 0.1, None, 0.5, None), (None, None, None, 0, each, 0, each)):
-        torch.library.opcheck(module._pgd_step, (*arguments, *more, norm, True))
+        torch.library.opcheck(module._pgd_step, (*arguments, *more, norm, order))
 
 
 def steps(adv: Tensor, clean: Tensor, weight: Tensor, out: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -503,10 +579,10 @@ def steps(adv: Tensor, clean: Tensor, weight: Tensor, out: Tensor | None, option
     return new * 2
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("norm", "shape", "form"), [(*path, "plain") for path in PATHS] + [(*PATHS[-1], "channels_last")]
-)
+    ("norm", "order", "shape", "form"), [(*path, form) for path in PATHS for form in ("plain", "channels_last")
+                                         if form == "plain" or path[2] == PATHS[-1][2]]
+)  # fmt: skip
 def test_compile(device: str, norm: str, shape: tuple[int, ...], form: str, order: str) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -539,7 +615,8 @@ def test_inductor(device: str) -> None:
     assert torch.equal(state, expected[0])
 
 
-def test_compile_reference_and_model_input(device: str) -> None:
+@pytest.mark.parametrize("order", ["box_then_ball", "nearest"])
+def test_compile_reference_and_model_input(device: str, order: Any) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     adv, grad, clean = example_images((2, 3, 4, 4), "l2", torch.float32, device)
@@ -547,8 +624,8 @@ def test_compile_reference_and_model_input(device: str) -> None:
     eps = torch.tensor([0.1, 0.2], device=device)
 
     def step(adv: Tensor, model_input: Tensor, kernel: Any) -> Tensor:
-        pgd_step(adv, grad, clean, step_size=0.1, eps=eps, norm="l2", noise=noise, out=adv, model_input=model_input,
-                 kernel=kernel)  # fmt: skip
+        pgd_step(adv, grad, clean, step_size=0.1, eps=eps, norm="l2", order=order, noise=noise, out=adv,
+                 model_input=model_input, kernel=kernel)  # fmt: skip
         return model_input * 2
 
     for kernel in ("triton", "reference"):
@@ -590,6 +667,8 @@ def test_refused(device: str) -> None:
         ({"model_input": buffer[:0]}, r"model_input \(0, 3, 4, 4\) does not fit adv \(2, 3, 4, 4\)"),
         ({"zero_direction": x, "order": "ball_then_box"}, "zero_direction .*: only for l2 in order box_then_ball"),
         ({"zero_direction": x, "norm": "linf"}, "zero_direction .*: only for l2"),
+        ({"zero_direction": x, "order": "nearest"}, "zero_direction .*: only for l2 in order box_then_ball"),
+        ({"norm": "l1", "order": "nearest"}, "order nearest is for l2 and linf"),
         ({"adv": buffer[:2], "out": buffer[1:]}, r"out \(2, 3, 4, 4\) overlaps adv \(2, 3, 4, 4\) in memory"),
         ({"model_input": x}, r"model_input \(2, 3, 4, 4\) overlaps adv \(2, 3, 4, 4\)"),
         ({"out": six[:2], "model_input": six}, r"model_input \(6, 3, 4, 4\) overlaps out \(2, 3, 4, 4\)"),
@@ -609,13 +688,16 @@ def test_refused(device: str) -> None:
         pgd_step(**both, out=clean)
 
 
-def test_long_l1_rows_run_the_reference(device: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("norm", "order"), [("l1", "box_then_ball"), ("l2", "nearest")])
+def test_long_rows_without_a_kernel_run_the_reference(
+    device: str, norm: Any, order: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
-    adv, grad, clean = example_images((2, LONG), "l1", torch.float32, device)
-    options: dict[str, Any] = {"step_size": 1.0, "eps": 2.0, "norm": "l1"}
+    adv, grad, clean = example_images((2, LONG), norm, torch.float32, device)
+    options: dict[str, Any] = {"step_size": 1.0, "eps": 2.0, "norm": norm, "order": order}
     with caplog.at_level(logging.INFO, "shiftlens"):
         new = pgd_step(adv, grad, clean, **options)
-    assert "l1, samples above 16384 values" in caplog.text
-    assert (new.cpu() - formula(adv, grad, clean, 1.0, 2.0, "l1", "box_then_ball")).abs().max() <= 1e-6
+    assert f"{'l1' if norm == 'l1' else 'nearest'}, samples above 16384 values" in caplog.text
+    assert (new.cpu() - formula(adv, grad, clean, 1.0, 2.0, norm, order)).abs().max() <= 1e-6
     with pytest.raises(ValueError, match=rf"kernel='triton' cannot run: adv \(2, {LONG}\)"):
         pgd_step(adv, grad, clean, **options, kernel="triton")
