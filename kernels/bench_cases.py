@@ -63,7 +63,7 @@ class Case:
     Args:
         operation: one of OPERATIONS.
         option: kind of loss (`mse`, `cosine`, `smooth_l1`, `kl logits`, `kl head`), of step (`linf`,
-            `linf model_input`, `l2 ball_then_box`, `l2 box_then_ball`, `l1 ball_then_box`) or empty.
+            `linf model_input`, `l2 ball_then_box`, `l2 box_then_ball`, `l2 nearest`, `l1 ball_then_box`) or empty.
         sizes: (rows, student's width, outputs, teacher's width) | (images, channels, height, width) |
             (heads, rows, width, classes).
         precision: see the top of the file.
@@ -215,6 +215,7 @@ CASES = (
     # No target was set for these; they tell whether the operation should be the default there.
     _pgd("l2 box_then_ball", 128, 32),
     _pgd("l2 box_then_ball", 256, 224),
+    _pgd("l2 nearest", 1024, 32),
     _pgd("l1 ball_then_box", 1024, 32),
     _pgd("linf model_input", 256, 224),
     Case("distill_loss", "kl logits", (50432, 768, 1000, 1000), "autocast"),
@@ -232,6 +233,7 @@ CPU_CASES = (
     Case("pgd_step", "linf model_input", (8, 3, 32, 32), "float32"),
     Case("pgd_step", "l2 ball_then_box", (8, 3, 32, 32), "float32"),
     Case("pgd_step", "l2 box_then_ball", (8, 3, 32, 32), "float32"),
+    Case("pgd_step", "l2 nearest", (8, 3, 32, 32), "float32"),
     Case("pgd_step", "l1 ball_then_box", (8, 3, 32, 32), "float32"),
     Case("probe_loss", "", (4, 64, 32, 10), "autocast"),
     Case("probe_loss", "", (4, 64, 32, 10), "float32"),

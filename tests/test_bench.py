@@ -90,6 +90,7 @@ ASKED: dict[Any, dict[Any, Any]] = {
     (*L2, (512, 3, 224, 224), "float32"): PHOTOS,
     ("pgd_step", "l2 box_then_ball", (128, 3, 32, 32), "float32"): {},
     ("pgd_step", "l2 box_then_ball", (256, 3, 224, 224), "float32"): {},
+    ("pgd_step", "l2 nearest", (1024, 3, 32, 32), "float32"): {},
     ("pgd_step", "l1 ball_then_box", (1024, 3, 32, 32), "float32"): {},
     ("pgd_step", "linf model_input", (256, 3, 224, 224), "float32"): {},
     ("probe_loss", "", (8, 1024, 1024, 1000), "autocast"): {ONE_BY_ONE: (3, None)},
@@ -347,7 +348,7 @@ def test_published_steps_are_what_is_compiled(case: Case) -> None:
         return function
 
     trial = bench.TRIALS["pgd_step"](case, {"compile": compiler}, CPU)
-    assert isinstance(compiled[0], functools.partial) == case.option.startswith("l1")
+    assert isinstance(compiled[0], functools.partial) == case.option.startswith(("l1", "l2 nearest"))
     way = trial.ways["compile"]
     assert isinstance(way, Way)
     error = bench.check(case, {"compile": way}, trial.exact)["compile"]
