@@ -242,18 +242,30 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimiser keeps of each parameter: like the parameter in shape, except `step`, a number.
+
+    Raises ValueError for an optimiser other than AdamW and SGD with momentum.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        return "step", "exp_avg", "exp_avg_sq"
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"]:
+        return ("momentum_buffer",)
+    raise ValueError(f"checkpoints keep the state of AdamW and of SGD with momentum, not of {optimizer}")
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """AdamW's state as {"parameter/exp_avg": tensor, …}; `names` in the order of the parameters."""
+    """An optimiser's state as {"parameter/exp_avg": tensor, …}; `names` in the order of the parameters."""
     state = optimizer.state_dict()["state"]
     return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`; moments take each parameter's memory format, which fused kernels rely on."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters, keys = optimizer.param_groups[0]["params"], state_keys(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in keys:
             value = tensors.get(f"{name}/{key}")
             if value is None:
                 raise ModelError(f"checkpoint lacks the optimiser state {name}/{key}")

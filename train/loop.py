@@ -1,4 +1,4 @@
-"""What the loops of distillation and fine-tuning must do alike: go on from a checkpoint, step safely, save, log.
+"""What the training loops must do alike: go on from a checkpoint, step safely, save, log.
 
 Apart from train/common.py because it imports torch, which the command line and the launch checks there must not wait
 for. The loops themselves stand in the scripts, where they are read and changed; nothing here calls back into one.
@@ -13,7 +13,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from data.runs import Transform
 from data.stream import Stream, open_stream
 from data.tar import ShardSet
 from models import ModelError
-from models.checkpoints import Checkpoint, CheckpointWriter, load_optimizer_tensors, optimizer_tensors
+from models.checkpoints import Checkpoint, CheckpointWriter, load_optimizer_tensors, optimizer_tensors, state_keys
 from train.common import ConfigError, Progress, RunFolder, StopRequested, checkpoint_to_continue, memory_mib
 from train.launching import Agreement, Sharding
 
@@ -79,7 +79,7 @@ def restore_on_all_ranks(
 
     Args:
         module: where it will train; rank 0 has loaded the checkpoint's weights into it.
-        optimizer: AdamW over `trained_parameters(module)`, before accelerator.prepare.
+        optimizer: one that `state_keys` knows, over `trained_parameters(module)`, before accelerator.prepare.
         checkpoint: None on all ranks but 0.
 
     Raises ModelError on all ranks for optimiser state that does not fit.
@@ -88,9 +88,10 @@ def restore_on_all_ranks(
     with agreement.together():
         # Other ranks only need the right shapes: rank 0's values are sent to them.
         template = {
-            f"{name}/{key}": p.detach().cpu() for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
+            f"{name}/{key}": torch.tensor(0.0) if key == "step" else parameter.detach().cpu()
+            for name, parameter in trained.items()
+            for key in state_keys(optimizer)
         }
-        template |= {f"{name}/step": torch.tensor(0.0) for name in trained}
         load_optimizer_tensors(optimizer, list(trained), checkpoint.tensors["optimizer"] if checkpoint else template)
     agreement.broadcast([*module.state_dict().values(), *optimizer_tensors(optimizer, list(trained)).values()])
 
@@ -174,9 +175,9 @@ def announce(config: Any, stream: Stream, accelerator: Accelerator, first: int, 
 
 
 class BatchStatistics:
-    """Undoes what a bad step did to batch-norm running statistics, which the forward pass changes before anybody knows.
+    """Batch-norm running statistics of a module, which a forward pass changes before anybody knows whether it is good.
 
-    Works on the device, without a host synchronisation: one concatenation before, a selection and a copy after.
+    Works on the device, without a host synchronisation: a concatenation before; another, a selection and a copy after.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -188,10 +189,16 @@ class BatchStatistics:
         if self._buffers:
             self._before = torch.cat([buffer.flatten() for buffer in self._buffers])
 
-    def restore_where(self, bad: Tensor) -> None:
-        """`bad`: scalar, nonzero where the step since `snapshot` must leave no trace."""
+    def settle(self, bad: Tensor, accelerator: Accelerator | None = None) -> None:
+        """After the step's forward passes.
+
+        bad: scalar, nonzero where the step since `snapshot` must leave no trace. accelerator: given, all ranks get the
+        mean of their statistics; else each keeps its own.
+        """
         if self._buffers:
             now = torch.cat([buffer.flatten() for buffer in self._buffers])
+            if accelerator is not None:
+                now = accelerator.reduce(now, "mean")  # type: ignore[assignment]
             kept = torch.where(bad > 0, self._before, now).split([buffer.numel() for buffer in self._buffers])
             torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(kept, self._buffers, strict=True)])
 
@@ -215,6 +222,8 @@ class GuardedStep:
         state: that of the checkpoint to continue, None for a new run.
         sharding: how to spread module and optimiser over the ranks; None for a copy of both on each of them.
         compiled: compile the module.
+        share_statistics: all ranks go on with the mean of their batch-norm statistics, for a training that uses the
+            module in evaluation mode between its steps: what one rank alone holds would be lost with every restart.
 
     Attributes:
         model: `module` as it is to be called in training; each call and its backward pass belong into one `piece`.
@@ -230,6 +239,7 @@ class GuardedStep:
         *,
         sharding: Sharding | None = None,
         compiled: bool = False,
+        share_statistics: bool = False,
     ) -> None:
         self.accelerator, self.module, self.sharding = accelerator, module, sharding
         self.lr = 0.0
@@ -248,6 +258,7 @@ class GuardedStep:
             shard(module, optimizer, sharding, compiled=compiled)
         self._clip, self._parameters = clip, list(trained_parameters(module).values())
         self._statistics = BatchStatistics(module)
+        self._sharing = accelerator if share_statistics and accelerator.num_processes > 1 else None
         self._nonfinite = torch.zeros((), device=accelerator.device)
         self._nonfinite_in_a_row = torch.zeros((), device=accelerator.device)
         self._skipped_before = state["skipped_steps"] if state else 0  # by the run's earlier starts
@@ -289,7 +300,7 @@ class GuardedStep:
             self.optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._statistics.restore_where(bad)
+        self._statistics.settle(bad, self._sharing)
         self._nonfinite += bad
         self._nonfinite_in_a_row = (self._nonfinite_in_a_row + 1) * bad
         return norm
@@ -420,8 +431,15 @@ def stopped(number: int, step: int, first: int, total: int, out: Path) -> StopRe
     return StopRequested(number, f"stopped by signal {number}: saved at step {step} of {total} in {out}")
 
 
+class Epochs(Protocol):
+    """Where batches come from, as far as a row of the log needs it."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+
 def log_row(
-    step: int, stream: Stream, terms: Mapping[str, Tensor], norm: Tensor, guarded: GuardedStep, progress: Progress
+    step: int, stream: Epochs, terms: Mapping[str, Tensor], norm: Tensor, guarded: GuardedStep, progress: Progress
 ) -> dict[str, Any]:
     """A row for metrics.jsonl, the same on all ranks: means of their terms, rates, memory. Waits for the device.
 
