@@ -30,9 +30,12 @@ def append_row(path: Path, *, metric: str, value: float, **fields: Any) -> dict[
     """
     row = {"metric": metric, "value": value, **fields, **provenance()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(file, (json.dumps(row) + "\n").encode())
+        size = os.fstat(file).st_size
+        # A line cut short, by a full disk or a kill, must not swallow this one.
+        start = "\n" if size and os.pread(file, 1, size - 1) != b"\n" else ""
+        os.write(file, f"{start}{json.dumps(row)}\n".encode())
     finally:
         os.close(file)
     return row

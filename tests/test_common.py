@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from data import DataError
+from data.rows import append_row
 from train.common import (
     RECIPES,
     ROOT,
@@ -280,6 +281,14 @@ def test_run_folder_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         RunFolder(tmp_path / "mine", fresh=True)
     RunFolder(tmp_path / "mine", fresh=False).close()
+
+
+def test_a_result_is_not_lost_behind_a_line_cut_short(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, fresh=False)
+    (tmp_path / "results.jsonl").write_text('{"metric": "top-1", "val')
+    for value in (0.25, 0.5):
+        append_row(tmp_path / "results.jsonl", metric="top-1", value=value)
+    assert [row["value"] for row in folder.results()] == [0.25, 0.5]
 
 
 def test_metrics_rows_survive_a_cut_line_and_are_forgotten_after_the_checkpoint(tmp_path: Path) -> None:
