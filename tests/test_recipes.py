@@ -107,7 +107,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     "mnist_lenet_flip_adversarial": {**HOLD_ME_TIGHT, **ROBUST, "flip": True, "eps": 2.0, "order": "nearest"},
     "mnist_resnet18": {**HOLD_ME_TIGHT, "model": "mnist_resnet18", "attack": "none"},
     "cifar_resnet18": {**HOLD_ME_TIGHT, "model": "cifar_resnet18", "attack": "none"},
-    "cifar_vgg19": {**HOLD_ME_TIGHT, "model": "vgg19", "attack": "none"},
+    "cifar_vgg19": {**HOLD_ME_TIGHT, "model": "vgg19_bn", "attack": "none"},
     "cifar_densenet121": {**HOLD_ME_TIGHT, "model": "densenet121", "attack": "none"},
     "cifar_resnet18_adversarial": {**HOLD_ME_TIGHT, **ROBUST, "eps": 1.0},
     "cifar_resnet18_flip": {**HOLD_ME_TIGHT, "attack": "none", "flip": True},
