@@ -1,12 +1,17 @@
 """The samples of a few streams of an order, step by step: read, checked, decoded into rows of a batch.
 
-A process without workers does this for all streams of its rank; each worker process does it for a part of them.
-Bad records leave their row empty and are reported with the batch; nothing is dropped in silence.
+A process without workers does this for all streams of its rank, in a thread; each worker process does it for a part of
+them. Bad records leave their row empty and are reported with the batch; nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
 import collections
+import logging
+import queue
+import threading
+import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -21,6 +26,11 @@ from data.tar import LabelError, Record, RecordIndex, ShardReader, ShardSet, par
 from data.transforms import ImageError, decode, sample_random
 
 STOP, SHARD, SAMPLE = range(3)  # fields of a reader's status: asked to stop, shard being read, sample being decoded
+STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about it
+STALL_LIMIT = 600.0  # seconds after which a reader that gives nothing is taken for dead
+GRACE = 2.0  # seconds that a reader gets to end by itself
+
+log = logging.getLogger(__name__)
 
 
 class Transform(Protocol):
@@ -48,6 +58,13 @@ class Spec:
     def url_of(self, number: int) -> str:
         """The shard that holds a global sample number."""
         return next(shard.url for shard in reversed(self.shards.shards) if shard.start <= number and shard.count)
+
+    def place(self, status: np.ndarray) -> str:
+        """Where a reader of that status is: the shard that it reads, or the sample that it decodes."""
+        _, shard, sample = status.tolist()
+        if shard >= 0:
+            return f" while reading {self.shards.shards[shard].url}"
+        return f" at sample {sample} of {self.url_of(sample)}" if sample >= 0 else ""
 
 
 class Problem(NamedTuple):
@@ -146,6 +163,56 @@ class RowReader:
             run.close()
         self._runs = []
         self._epoch = -1
+
+
+class ReaderThread:
+    """A RowReader in a thread of this process: a read that stalls can be named and given up, but not interrupted."""
+
+    def __init__(self, spec: Spec, streams: Sequence[int], rank: int) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._status = np.array([0, -1, -1])
+        self._steps: queue.SimpleQueue[tuple[int, int, torch.Tensor] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Part | BaseException] = queue.SimpleQueue()
+        reader = RowReader(spec, streams, self._status)
+        thread = threading.Thread(target=_serve, args=(reader, self._steps, self._answers), name="reader", daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _end, thread, self._steps, self._status)
+
+    def fill(self, epoch: int, step: int, rows: torch.Tensor) -> Part:
+        """As RowReader.fill; also raises DataError when nothing has come for STALL_LIMIT seconds."""
+        self._steps.put((epoch, step, rows))
+        started = time.monotonic()
+        while True:
+            try:
+                answer = self._answers.get(timeout=STALL_SECONDS)
+            except queue.Empty:
+                seconds = time.monotonic() - started
+                place = self._spec.place(self._status)
+                if seconds > STALL_LIMIT:
+                    raise DataError(f"rank {self._rank}: the reader gave nothing for {seconds:.0f} s{place}") from None
+                log.warning("rank %d waits %.0f s for its reader%s", self._rank, seconds, place)
+                continue
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+
+def _serve(reader: RowReader, steps: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+    """Body of the thread: fill rows until there is a None instead of a step."""
+    while (step := steps.get()) is not None:
+        try:
+            answers.put(reader.fill(*step))
+        except BaseException as error:  # it is raised where the rows were asked for
+            answers.put(error)
+        del step  # holds rows
+    reader.close()
+
+
+def _end(thread: threading.Thread, steps: queue.SimpleQueue, status: np.ndarray) -> None:
+    status[STOP] = 1
+    steps.put(None)
+    thread.join(GRACE)
 
 
 class _Shared:

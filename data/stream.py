@@ -27,7 +27,7 @@ import torch
 
 from data import DataError
 from data.order import EpochOrder, Order, PassOrder, count_streams, global_order
-from data.runs import Part, Problem, RowReader, Spec, Transform
+from data.runs import Part, Problem, ReaderThread, Spec, Transform
 from data.tar import ShardReader, ShardSet, find_shards
 from data.transforms import ImageError, decode
 
@@ -173,10 +173,10 @@ class _Batches:
         self._planned: collections.deque[tuple[int, int]] = collections.deque()
         self._image_shape = (sum(map(order.rows, streams)), *spec.shape, 3)
         self._pool: Pool | None = None
-        self._reader: RowReader | None = None
+        self._reader: ReaderThread | None = None
         self._over = False
         if workers == 0:
-            self._reader = RowReader(spec, streams, np.array([0, -1, -1]))
+            self._reader = ReaderThread(spec, streams, rank)
         else:
             from data.workers import Pool
 

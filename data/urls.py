@@ -11,6 +11,7 @@ import http.client
 import logging
 import os
 import re
+import signal
 import subprocess
 import time
 import urllib.error
@@ -136,16 +137,36 @@ class _Local:
         self._file.close()
 
 
+# Runs a command in a process group that is killed when the standard input ends, which only the reader holds open.
+_GUARD = """
+exec 3<&0
+/bin/sh -c "$1" 3<&- </dev/null &
+command=$!
+{ read -r line <&3; kill -KILL 0; } >/dev/null &
+wait $command
+code=$?
+kill -PIPE $!  # which a shell does not report
+wait $!
+exit $code
+"""
+
+
 class _Pipe:
-    """Standard output of a shell command; its return code decides whether the bytes count."""
+    """Standard output of a shell command; its return code decides whether the bytes count.
+
+    The command and its children are a process group of their own, which a Ctrl-C at the terminal does not reach: the
+    reader decides when to stop. They are killed by `close` and when the reader's process ends, however it ends: a
+    command that waits for a network would otherwise stay until it next writes.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         # The shell is the documented meaning of `pipe:`, hence the separate permission.
-        command = url.removeprefix("pipe:")
-        # No standard input: a command such as ssh would read the terminal's.
-        self._process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        command = ["/bin/sh", "-c", _GUARD, "sh", url.removeprefix("pipe:")]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._held_open = self._process.stdin
         self._file: IO[bytes] = self._process.stdout
 
     def read(self, size: int) -> bytes:
@@ -162,13 +183,10 @@ class _Pipe:
             raise DataError(f"{self._url!r} failed with exit code {code}; what it printed cannot be trusted")
 
     def close(self) -> None:
-        self._file.close()  # a command that is still writing now meets a closed pipe
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._file.close()
+        self._held_open.close()
         self._process.wait()
 
 

@@ -32,13 +32,10 @@ import torch
 
 from data import DataError
 from data.parallel import signal_when_parent_dies
-from data.runs import STOP, Part, RowReader, Spec, StoppedError
+from data.runs import GRACE, STALL_LIMIT, STALL_SECONDS, STOP, Part, RowReader, Spec, StoppedError
 
 SLOTS = 4  # the consumer holds one batch while it asks for the next, and workers stay up to two ahead
-STALL_SECONDS = 30.0  # how long to wait for a batch between two log lines about it
-STALL_LIMIT = 600.0  # seconds after which a reader that gives nothing is taken for dead
 PARENT_CHECK = 0.5  # seconds between two looks whether the parent still lives and wants us
-GRACE = 2.0  # seconds that workers get to end by themselves
 
 _TASK = struct.Struct("<qqq")  # epoch, step, slot
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -179,11 +176,7 @@ class Pool:
         raise DataError(f"data worker {worker} of rank {self._rank} {how}{self._place(worker)}")
 
     def _place(self, worker: int) -> str:
-        """Where a worker is: the shard that it reads, or the sample that it decodes."""
-        _, shard, sample = self._status[worker].tolist()
-        if shard >= 0:
-            return f" while reading {self._spec.shards.shards[shard].url}"
-        return f" at sample {sample} of {self._spec.url_of(sample)}" if sample >= 0 else ""
+        return self._spec.place(self._status[worker])
 
     def _report_stall(self, workers: Sequence[int], seconds: float) -> None:
         for worker in workers:

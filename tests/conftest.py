@@ -1,5 +1,6 @@
 """Shared by all tests: this repository first on the path, one thread per process, a fixed hypothesis profile."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ if DEVICE == "cpu":
 
 hypothesis.settings.register_profile("shiftlens", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("shiftlens")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: without it in its way, a garbage collection (each run ends with one) is quick."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

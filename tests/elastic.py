@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,11 +23,8 @@ from typing import Any, Self
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# What a run imports, so that no rank has to.
-_IMPORTS = ["accelerate.utils", "jsonargparse", "matplotlib.pyplot", "open_clip", "timm", "torch.distributed"]
-_IMPORTS += ["data.demo", "data.transforms", "data.workers", "models.convert", "models.distiller", "models.encoders"]
-_IMPORTS += ["models.export", "models.initialise", "train.distill", "train.loop", "tests.elastic"]
-
+from tests import ranks  # noqa: E402
+from tests.ranks import free_port  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Starting ranks
@@ -77,10 +71,7 @@ class Launch:
         self._log_begin = len(_log_of(folder))
         flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         flags += ["--out", str(folder / "out")]
-        context = multiprocessing.get_context("forkserver")
-        with _importable():
-            context.set_forkserver_preload(_IMPORTS)
-            multiprocessing.forkserver.ensure_running()
+        context = ranks.server()
         self.ranks: list[BaseProcess] = []
         for rank in range(world):
             plan = _Plan(folder, self.start, rank, world, self.port, flags, dict(signals or {}), dict(constants or {}))
@@ -94,8 +85,8 @@ class Launch:
 
     def said(self, rank: int | None = None) -> str:
         """What a rank, or all of them one after the other, wrote to stdout and stderr."""
-        ranks = range(self.world) if rank is None else [rank]
-        return "".join(self._error_file(number).read_text(errors="replace") for number in ranks)
+        chosen = range(self.world) if rank is None else [rank]
+        return "".join(self._error_file(number).read_text(errors="replace") for number in chosen)
 
     def send(self, number: int, rank: int | None = None) -> None:
         """A signal to one rank or to all of them, as far as they still run."""
@@ -143,27 +134,9 @@ def run(folder: Path, settings: Mapping[str, Any], world: int, **options: Any) -
         return launch.finish()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _pid(process: BaseProcess) -> int:
     assert process.pid is not None
     return process.pid
-
-
-@contextlib.contextmanager
-def _importable() -> Iterator[None]:
-    """The repository is on the path of the server, which has no other way to hear of it in Python 3.11."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    yield
-    del os.environ["PYTHONPATH"]
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
 
 
 def processes_of_sessions(sessions: Sequence[int]) -> list[str]:
@@ -203,10 +176,7 @@ def _run_rank(plan: _Plan) -> None:
     output = os.open(plan.folder / f"start{plan.start}_rank{plan.rank}.err", os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    if plan.world > 1:
-        os.environ |= {"RANK": str(plan.rank), "LOCAL_RANK": str(plan.rank), "WORLD_SIZE": str(plan.world)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(plan.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(plan.port)}
+    os.environ |= ranks.world_of(plan.rank, plan.world, plan.port)
     import importlib
 
     for (module, name), value in plan.constants.items():

@@ -25,10 +25,13 @@ from models.encoders import Encoder, load_encoder
 from models.towers import Tower
 from models.weights import state_sha256
 from tests import ranks
+from tests.ranks import Script
+from train import distill
 from train.common import ConfigError, StopRequested
 from train.distill import Config, main
 
 ROOT = Path(__file__).resolve().parents[1]
+DRAW = distill.draw_loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,8 +137,9 @@ def test_resnet_loss_gradients_first_step_and_batch_statistics(goldens: Path) ->
 
 
 @pytest.fixture
-def settings(tiny_shards: Path, tiny_vit: str, tmp_path: Path) -> dict[str, Any]:
-    """A run that takes a second: 8 steps of 16 images in process."""
+def settings(tiny_shards: Path, tiny_vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """8 steps of 16 images in this process, without the figure, which would take longer than they do."""
+    monkeypatch.setattr(distill, "draw_loss", lambda *_: None)
     return {
         "data": str(tiny_shards),
         "teacher": tiny_vit,
@@ -159,7 +163,8 @@ def rows(out: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_run_learns_and_leaves_what_it_promises(settings: dict[str, Any]) -> None:
+def test_run_learns_and_leaves_what_it_promises(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "draw_loss", DRAW)
     settings |= {"steps": 60, "lr": 3e-3, "hidden_weight": 0.1, "gram_weight": 0.1, "log_every": 10}
     result = main(Config(**settings))
     out = Path(settings["out"])
@@ -196,8 +201,6 @@ def test_resume_is_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeyp
 
 def stop_after(settings: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs until `steps` steps are done: a SIGTERM arrives in the middle of the last one."""
-    from train import distill
-
     original = distill.cosine_lr
 
     def lr_and_signal(step: int, *rest: Any) -> float:
@@ -233,15 +236,9 @@ def test_compiled_run_has_the_losses_of_the_eager_one(settings: dict[str, Any], 
 
 def test_bf16_run_has_nearly_the_losses_of_float32(settings: dict[str, Any], tmp_path: Path) -> None:
     settings |= {"hidden_weight": 0.1, "gram_weight": 0.1, "student": "", "out": str(tmp_path / "bf16")}
-    result = subprocess.run(
-        [sys.executable, "train/distill.py", *flags(settings)],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    with Script("train/distill.py", settings, tmp_path / "said", environment=bf16) as run:
+        assert run.wait(120) == [0], run.said()
     assert json.loads((tmp_path / "bf16" / "env.json").read_text())[-1]["mixed_precision"] == "bf16"
     main(Config(**{**settings, "out": str(tmp_path / "float32")}))
     exact, rounded = rows(tmp_path / "float32"), rows(tmp_path / "bf16")
@@ -329,23 +326,19 @@ def test_finished_run_started_again_does_nothing(settings: dict[str, Any]) -> No
     assert rows(settings["out"]) == logged
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
+def test_resume_with_breaking_changes_is_refused(settings: dict[str, Any]) -> None:
+    main(Config(**settings))
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"kind": "cosine"}, "kind 'mse' -> 'cosine'"),
         ({"batch_size": 8}, "batch_size 16 -> 8"),
         ({"seed": 5}, "seed 0 -> 5"),
         ({"steps": 4}, "beyond the 4 steps"),
         ({"resume": "none"}, "holds a run already"),
-    ],
-)
-def test_resume_with_breaking_changes_is_refused(
-    settings: dict[str, Any], change: dict[str, Any], expected: str
-) -> None:
-    main(Config(**settings))
-    with pytest.raises(ConfigError, match=expected) as caught:
-        main(Config(**{**settings, "steps": 12, **change}))
-    assert "\n" not in str(caught.value)
+    ]
+    for change, expected in changes:
+        with pytest.raises(ConfigError, match=expected) as caught:
+            main(Config(**{**settings, "steps": 12, **change}))
+        assert "\n" not in str(caught.value)
 
 
 def test_resume_may_change_the_learning_rate_and_says_so(
@@ -396,8 +389,9 @@ def test_projectors_bridge_widths(settings: dict[str, Any], tmp_path: Path) -> N
     assert names["model/hidden_projectors.0.weight"].shape == (16, 64)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("mse", "no"), ("cosine", "no"), ("smooth_l1", "no"), ("cosine", "bf16")]
+)
 def test_kernels_train_as_the_reference_does(
     kind: str, precision: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -576,27 +570,27 @@ def launch(arguments: list[str], settings: dict[str, Any], timeout: float = 240)
 
 
 def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """50 steps with the same global batches, a student without batch norm: losses equal to 1e-5 relative."""
-    settings |= {"steps": 50, "lr": 1e-3, "workers": 1, "save_every": 100}
+    """The same global batches, a student without batch norm; tests/test_elastic.py does so for longer and for more."""
+    settings |= {"steps": 10, "lr": 1e-3, "workers": 1, "save_every": 100}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
     ranks.run_two(main, Config(**two), tmp_path)
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     first, second = rows(one["out"]), rows(two["out"])
-    assert len(first) == len(second) == 50
+    assert len(first) == len(second) == 10
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
 
 def test_two_processes_continue_what_one_began(settings: dict[str, Any], tmp_path: Path) -> None:
     """Only rank 0 sees the checkpoint's folder; weights, optimiser and cursor reach the other rank."""
-    settings |= {"steps": 30, "workers": 1, "save_every": 20}
+    settings |= {"steps": 10, "workers": 1, "save_every": 6}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
-    two["resume"] = str(tmp_path / "one" / "checkpoints" / "step_00000020")
+    two["resume"] = str(tmp_path / "one" / "checkpoints" / "step_00000006")
     ranks.run_two(main, Config(**two), tmp_path)
-    first, second = rows(one["out"])[20:], rows(two["out"])
-    assert [row["step"] for row in second] == list(range(20, 30))
+    first, second = rows(one["out"])[6:], rows(two["out"])
+    assert [row["step"] for row in second] == list(range(6, 10))
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
@@ -667,65 +661,50 @@ def newest_step(checkpoints: Path) -> int:
     return max((int(p.name.removeprefix("step_")) for p in checkpoints.glob("step_*")), default=0)
 
 
-@pytest.mark.launch
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_stop_signal_saves_and_exits_with_its_code(settings: dict[str, Any], number: int, code: int) -> None:
+def test_a_stop_signal_saves_and_exits_with_its_code(
+    settings: dict[str, Any], number: int, code: int, tmp_path: Path
+) -> None:
     settings |= {"steps": 5000, "save_every": 5000, "workers": 1}
-    command = [sys.executable, "train/distill.py", *flags(settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == code, messages
-    assert "Traceback" not in messages
+    with Script("train/distill.py", settings, tmp_path / "said") as run:
+        run.wait_for("step 5/5000")
+        run.send(number)
+        assert run.wait() == [code], run.said()
+    assert "Traceback" not in run.said()
     found, _ = newest_checkpoint(Path(settings["out"]) / "checkpoints")
     assert found is not None
-    assert f"saved at step {found.step} of 5000" in messages
+    assert f"saved at step {found.step} of 5000" in run.said()
 
 
-@pytest.mark.launch
-@pytest.mark.timeout(400)
 def test_two_processes_stop_at_the_same_step_and_go_on_as_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """SIGTERM to the launcher: one checkpoint; one process continues it; losses are those of an unbroken run."""
+    """SIGTERM to both: one checkpoint; one process continues it; losses are those of an unbroken run."""
     settings |= {"steps": 40, "workers": 1, "save_every": 1000, "max_bad_fraction": 0.0}
     whole = settings | {"out": str(tmp_path / "whole")}
     main(Config(**whole))
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    launcher = [accelerate, "launch", "--quiet", "--config_file", "train/launch/cpu_2_processes.yaml"]
-    command = [*launcher, "train/distill.py", *flags(settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=90)
-    assert process.returncode != 0
+    with Script("train/distill.py", settings, tmp_path / "said", world=2) as run:
+        run.wait_for("step 5/40")
+        run.send(signal.SIGTERM)
+        assert run.wait() == [143, 143], run.said()
     saved = sorted(p.name for p in (Path(settings["out"]) / "checkpoints").iterdir())
-    assert len(saved) == 1, messages
+    assert len(saved) == 1, run.said()
     assert saved[0].startswith("step_")
-    assert f"saved at step {newest_step(Path(settings['out']) / 'checkpoints')} of 40" in messages
+    assert f"saved at step {newest_step(Path(settings['out']) / 'checkpoints')} of 40" in run.said()
     main(Config(**settings))
     for a, b in zip(rows(whole["out"]), rows(settings["out"]), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
 
-@pytest.mark.launch
-def test_second_run_in_the_same_folder_is_refused(settings: dict[str, Any]) -> None:
+def test_second_run_in_the_same_folder_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     from train.common import RunFolder
 
     folder = RunFolder(Path(settings["out"]), fresh=False)
     try:
-        command = [sys.executable, "train/distill.py", *flags(settings)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        with Script("train/distill.py", settings, tmp_path / "said") as run:
+            assert run.wait() == [2], run.said()
     finally:
         folder.close()
-    assert result.returncode == 2
-    assert "another run is using this folder" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "another run is using this folder" in run.said()
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.launch

@@ -299,38 +299,37 @@ def test_a_stalled_reader_of_one_rank_is_named_and_waited_for(
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.parametrize(("workers", "reader"), [(1, "data worker 0"), (0, "the reader")])
 def test_a_reader_that_stalls_for_good_ends_all_ranks(
-    settings: dict[str, Any], stalling: tuple[dict[str, Any], Path], tmp_path: Path
+    workers: int, reader: str, settings: dict[str, Any], stalling: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    """With the limit at a second; one line names rank, seconds and shard, and no rank or worker is left."""
+    """One line names rank, seconds and shard; no rank, worker or command is left. The limit is three seconds here."""
     change, stall = stalling
-    limits = {("data.workers", "STALL_SECONDS"): 0.3, ("data.workers", "STALL_LIMIT"): 1.0}
-    with Launch(tmp_path / "run", settings | change, 2, constants=limits) as launch:
+    module = "data.workers" if workers else "data.runs"
+    limits = {(module, "STALL_SECONDS"): 0.3, (module, "STALL_LIMIT"): 3.0}
+    with Launch(tmp_path / "run", settings | change | {"workers": workers}, 2, constants=limits) as launch:
         wait_for(launch, 4)
         stall.touch()
         assert launch.wait(60) == [1, 1]
         (line,) = errors(launch)
-        wait_until(lambda: not any("forkserver" in line for line in launch.left_over()), seconds=10)
-        stall.unlink()  # the command itself ends when it next writes
         assert launch.left_over(10) == []
-    said = r"\[rank 1\] error: rank 1: data worker 0 gave nothing for \d s while reading pipe:while .*/000000\.tar"
+    said = rf"\[rank 1\] error: rank 1: {reader} gave nothing for \d s while reading pipe:while .*/000000\.tar"
     assert re.fullmatch(said, line), line
+    assert "waits 1 s for" in launch.said(1)
 
 
 @pytest.mark.timeout(90)
 def test_workers_with_a_stalled_reader_end_with_their_rank(
     settings: dict[str, Any], stalling: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
-    """A worker that hangs in a read cannot look whether its rank still lives."""
+    """A worker that hangs in a read cannot look whether its rank still lives, nor can the command behind it."""
     change, stall = stalling
     with Launch(tmp_path / "run", settings | change, 2) as launch:
         wait_for(launch, 4)
         stall.touch()
-        time.sleep(1)
+        wait_until(lambda: any("sleep 0.2" in line for line in launch.left_over()))
         launch.send(signal.SIGKILL)
         assert launch.wait(10) == [-9, -9]
-        wait_until(lambda: not any("forkserver" in line for line in launch.left_over()), seconds=10)
-        stall.unlink()  # the command itself ends when it next writes
         assert launch.left_over(10) == []
 
 

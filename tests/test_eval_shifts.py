@@ -11,8 +11,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Sequence
@@ -44,6 +42,7 @@ from models.encoders import Encoder, load_encoder
 from models.featurisers import Featuriser
 from models.heads import load_head, save_head
 from models.weights import read_weights
+from tests.ranks import Script
 from train.common import RECIPES, ConfigError, StopRequested, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -625,7 +624,6 @@ def test_lists_of_models(content: str, message: str, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.launch
 def test_two_processes_equal_one(settings: dict[str, Any], world: dict[str, Any], tmp_path: Path) -> None:
     """Every number and every prediction, to the last digit; a set is missing, which is said once."""
     present = {name: f"{world['data']}/{name}" for name in COUNTS if name != "imagenet_v2"}
@@ -633,14 +631,11 @@ def test_two_processes_equal_one(settings: dict[str, Any], world: dict[str, Any]
     one = settings | {"out": str(tmp_path / "one"), "predictions": str(tmp_path / "one.csv")}
     two = settings | {"out": str(tmp_path / "two"), "predictions": str(tmp_path / "two.csv")}
     main(Config(**one, sets=present, allow_missing=True))
-    flags = [part for key, value in two.items() for part in (f"--{key}", str(value))]
-    flags += [part for name, place in present.items() for part in (f"--sets.{name}", place)]
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet"]
-    launcher += ["--config_file", "train/launch/cpu_2_processes.yaml", "eval/shifts.py"]
-    done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert done.stderr.count("error: ") == 1
-    assert "[rank 0] error: missing: imagenet_v2; the other sets are scored" in done.stderr
+    flags = two | {f"sets.{name}": place for name, place in present.items()}
+    with Script("eval/shifts.py", flags, tmp_path / "said", world=2) as run:
+        assert run.wait(120) == [1, 1], run.said()
+    assert run.said().count("error: ") == 1
+    assert "[rank 0] error: missing: imagenet_v2; the other sets are scored" in run.said()
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     differing = ("config", "date", "commit", "device")  # the last is "cpu:0" in a world of several
     first, second = (

@@ -21,6 +21,7 @@ from tests.elastic import free_port
 from train import heartbeat
 from train.common import LaunchError, StopRequested
 from train.heartbeat import choose_interface, start_heartbeat
+from train.launching import PeerLost, _start_process_group
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -57,6 +58,9 @@ class Ranks:
         except LaunchError as error:
             os.write(2, str(error).encode())
             os._exit(2)
+        except PeerLost as error:
+            os.write(2, str(error).encode())
+            os._exit(1)
 
     def all_ready(self) -> None:
         while not all((self.folder / f"{rank}.ready").exists() for rank in range(len(self.processes))):
@@ -208,7 +212,51 @@ def test_a_rank_that_does_not_come_is_one_line_in_time(tmp_path: Path) -> None:
         assert ranks.codes() == [2, 2, -signal.SIGKILL]
         last = [ranks.said(rank).splitlines()[-1] for rank in (0, 1)]  # torch may warn before
         assert re.fullmatch(r"not all of 3 processes came within 2 s \(.+\)", last[0])
-        assert re.fullmatch(r"not all of 3 .+|rank 0 on .+ (ended before all|cannot be reached).+", last[1])
+        gone = r"(rank 0|the main process) .+ (ended before all|cannot be reached).+"
+        assert re.fullmatch(rf"not all of 3 .+|{gone}", last[1])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_ends_before_the_process_group_is_one_line(victim: int, tmp_path: Path) -> None:
+    """All have come, then one ends. Rank 0 takes the store along, and the others fail; another one is only missed."""
+
+    def meet(rank: int, beating: heartbeat.Heartbeat) -> None:
+        if rank == victim:
+            os._exit(7)
+        _start_process_group("gloo", beating.store)
+
+    with Ranks(tmp_path, 3, meet) as ranks:
+        assert ranks.codes() == [7 if rank == victim else 1 for rank in range(3)]
+        for rank in {0, 1, 2} - {victim}:
+            # torch's own warnings about its store come before
+            *_, line = ranks.said(rank).splitlines()
+            lost = rf"(\[rank {rank}\] error: )?rank {victim} (on \S+ )?ended.*; look for its last lines.*"
+            assert re.fullmatch(lost, line), line
+            assert "Traceback" not in ranks.said(rank)
+
+
+def test_a_port_of_something_else_is_not_said_to_be_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A web server, say, at the address of the main process."""
+
+    def answer(server: socket.socket) -> None:
+        while True:
+            peer, _ = server.accept()
+            with peer, contextlib.suppress(OSError):
+                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                peer.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = multiprocessing.get_context("fork").Process(target=answer, args=(server,))
+        other.start()
+        try:
+            environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            for name, value in {**environment, "MASTER_PORT": str(server.getsockname()[1])}.items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(LaunchError, match=r"^the processes could not meet \(Ping failed, invalid value .+\)$"):
+                start_heartbeat(patience=1)  # torch tries again for so long
+        finally:
+            other.kill()
+            other.join()
 
 
 def test_strangers_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

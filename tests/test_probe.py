@@ -22,7 +22,7 @@ from data.features import open_features
 from models import ModelError
 from models.encoders import Encoder, load_encoder
 from models.heads import load_head
-from tests.ranks import run_two
+from tests.ranks import Script, run_two
 from tests.test_heads import CPU, OneProcess, objective, problem, sklearn_optimum, stored, trained_alone
 from train import probing
 from train.common import RECIPES, ConfigError, StopRequested, parse_config
@@ -557,19 +557,16 @@ def test_processes_share_the_heads_and_change_no_bit(solver: str, monkeypatch: p
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(alone, shared, strict=True))
 
 
-@pytest.mark.launch
 @pytest.mark.timeout(300)
 def test_a_kill_while_extracting_costs_no_finished_part(settings: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL after the second of four parts; the next start computes the others, and all is as in an unbroken run."""
     settings |= {"data": str(write_shards(tmp_path / "shards", [i % 5 for i in range(4001)], NAMES, cuts=3))}
-    command = [sys.executable, "train/probe.py", *flags({**settings, "images": 64})]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < end and len(contents(settings["cache"])) < 2:
-        time.sleep(0.005)
-    process.kill()
-    _, messages = process.communicate()
-    assert "Traceback" not in messages
+    with Script("train/probe.py", {**settings, "images": 64}, tmp_path / "said") as run:
+        end = time.monotonic() + 60
+        while run.processes[0].is_alive() and time.monotonic() < end and len(contents(settings["cache"])) < 2:
+            time.sleep(0.005)
+        run.send(signal.SIGKILL)
+    assert "Traceback" not in run.said()
     kept = contents(settings["cache"])
     assert 2 <= len(kept) < 4
     broken = main(Config(**settings, images=64))

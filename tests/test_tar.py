@@ -8,8 +8,10 @@ import http.server
 import io
 import json
 import logging
+import multiprocessing
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from data import DataError, urls
 from data.archive import plain_header
 from data.tar import LabelError, Record, RecordIndex, ShardReader, find_shards, parse_label
+from data.urls import open_source
 
 Member = tuple[str, bytes]
 
@@ -413,6 +416,36 @@ def test_truncating_pipe(tmp_path: Path) -> None:
         reader = ShardReader(f"pipe:head -c 2600 {tmp_path}/000.tar", allow_pipe=True)
         list(reader.read(wanted))
         assert (reader.count, reader.truncated) == (1, "cut off at byte 2600 in a header")
+
+
+def test_a_command_ends_with_its_reader(tmp_path: Path) -> None:
+    """With all its children: by `close` while it stalls, and when the process that reads is killed."""
+
+    def running() -> int:
+        commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+        return sum(str(tmp_path).encode() in command for command in commands)
+
+    def wait_for(processes: bool) -> None:
+        end = time.monotonic() + 20
+        while bool(running()) != processes:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def read() -> None:
+        open_source(url, allow_pipe=True).read(10)
+
+    url = f"pipe:tail -f {tmp_path}/never | cat; cat {tmp_path}/never"
+    (tmp_path / "never").touch()
+    source = open_source(url, allow_pipe=True)
+    wait_for(True)
+    source.close()
+    wait_for(False)
+    reader = multiprocessing.get_context("fork").Process(target=read)
+    reader.start()
+    wait_for(True)
+    reader.kill()
+    reader.join()
+    wait_for(False)
 
 
 def test_fsspec(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import secrets
 import selectors
 import socket
@@ -224,10 +225,22 @@ def start_heartbeat(environment: MutableMapping[str, str] = os.environ, *, patie
             raise LaunchError(
                 f"port {port} of this machine is in use, perhaps by another launch; give another --main_process_port"
             ) from None
-        raise LaunchError(f"not all of {world} processes came within {patience:.0f} s ({reason})") from None
+        if store_is_gone(reason):
+            main = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+            raise LaunchError(
+                f"the main process at {main} ended before all had come, or is none ({reason}); look for its last lines"
+            ) from None
+        if re.search(r"timed? ?out", reason, re.IGNORECASE):
+            raise LaunchError(f"not all of {world} processes came within {patience:.0f} s ({reason})") from None
+        raise LaunchError(f"the processes could not meet ({reason})") from None
     for peer in peers:
         _keep_alive(peer, int(seconds))
     return Heartbeat(rank, peers, store, speaks=rank == 0 or environment.get("LOCAL_RANK", "0") == "0")
+
+
+def store_is_gone(reason: str) -> bool:
+    """Whether that line, of an error of torch's store, means that the process that kept the store has ended."""
+    return re.search(r"connection was likely closed|connection reset|broken pipe", reason, re.IGNORECASE) is not None
 
 
 def _accept(address: str, world: int, publish: Callable[[str], None], end: float) -> dict[socket.socket, str]:

@@ -153,14 +153,26 @@ def _start_process_group(backend: str, store: Store) -> None:
     When a launcher restarts its ranks (`--max_restarts`), the store in which they leave their addresses for each other
     is still that of the first start (seen with torch 2.11): a rank may find addresses of processes that are gone, and
     then it ends or hangs. So each start has a part of the store of its own.
+
+    Raises LaunchError where the ranks do not meet, PeerLost where one of them has ended.
     """
     import torch.distributed as dist
+
+    from train.heartbeat import store_is_gone
 
     patience = datetime.timedelta(minutes=10)
     store.set_timeout(patience)
     start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=patience)
+    try:
+        dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=patience)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        if store_is_gone(reason):
+            raise PeerLost(f"rank 0 ended before the ranks had met ({reason}); look for its last lines") from None
+        if explanation := explain_lost_peer(error):
+            raise PeerLost(explanation) from None
+        raise LaunchError(f"the {backend} process group of {world} ranks did not start ({reason})") from None
 
 
 def start_tracker(accelerator: Accelerator, config: Any) -> None:
