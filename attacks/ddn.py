@@ -21,8 +21,8 @@ loss is that of their mean probability, and the model is fooled if the majority 
 In all of them an image that is wrong already comes back as it is, and so does one that no step has fooled.
 
 The steps do not go through the fused step of kernels/pgd_step.py: that one pulls δ back into a ball, and this one sets
-its length, outwards too, to a radius that the same pass over the model decides. They are 1 % of a pass of the smallest
-network here. The host waits once, before the loop, to look at the images.
+its length, outwards too, to a radius that the same pass over the model decides. They take less than 1 % of the time of
+a pass over a ResNet-20 (128 images, one CPU thread). The host waits once, before the loop, to look at the images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from attacks.losses import cross_entropy
 from attacks.losses import targeted as opposite
-from attacks.pgd import Precision, ZeroGradient, check_batch, evaluate, noisy, prepared, under_attack
+from attacks.pgd import Precision, ZeroGradient, check_batch, drawn_like, evaluate, noisy, prepared, under_attack
 from kernels.pgd_step import Number
 
 Variant = Literal["published", "foolbox", "corrected"]
@@ -118,8 +118,7 @@ def ddn(
             best, shortest = _nearer(best, shortest, delta, fooled, variant)
             direction = _unit(gradient.unflatten(0, (len(clean), -1)).sum(1))
             if zero_gradient == "randn":
-                drawn = torch.empty_like(clean).normal_(generator=generator)
-                direction = torch.where(_length(direction) == 0, drawn, direction)
+                direction = torch.where(_length(direction) == 0, drawn_like(clean, generator), direction)
             anneal = (step if variant == "foolbox" else step + 1) / steps
             delta = delta + (0.01 + 0.99 * (1 + math.cos(math.pi * anneal)) / 2) * direction
             radius = torch.minimum(radius * torch.where(fooled, 1 - gamma, 1 + gamma), furthest)

@@ -202,6 +202,11 @@ def noisy(images: Tensor, noise: Tensor | None) -> Tensor:
     return images if noise is None else images.repeat_interleave(len(noise) // len(images), 0).add_(noise)
 
 
+def drawn_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers like the images, contiguous: the same whatever the images' memory format."""
+    return torch.randn(images.shape, dtype=images.dtype, device=images.device, generator=generator)
+
+
 def pgd(
     model: nn.Module,
     images: Tensor,
@@ -292,7 +297,7 @@ def pgd(
                     gradient = evaluate(network, seen, labels, objective)[2]
                     if len(seen) > len(adv):
                         gradient = gradient.unflatten(0, (len(adv), -1)).sum(1)
-                zero = torch.empty_like(clean).normal_(generator=generator) if zero_gradient == "randn" else None
+                zero = drawn_like(clean, generator) if zero_gradient == "randn" else None
                 pgd_step(
                     adv, gradient, clean, step_size=step_size, eps=eps, norm=norm, order=order, out=adv, noise=noise,
                     model_input=None if noise is None else seen, zero_direction=zero, kernel=kernel,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attacks.pgd import cross_entropy, draw_from_ball, evaluate, pgd, under_attack, unwrapped
+from attacks.losses import cross_entropy, mean_log_probabilities, targeted
+from attacks.pgd import draw_from_ball, evaluate, pgd, smoothadv, under_attack, unwrapped
 from models.small import SMALL_NETS
 from tests.test_pgd_step import assert_in_ball_and_box, parse
 
@@ -70,57 +71,88 @@ def example(samples: int = 4, device: str = "cpu", side: int = 8) -> tuple[Tenso
 # --- Published runs and other libraries -------------------------------------------------------------------------------
 
 
-def test_published_attacks_in_float64(goldens: Path) -> None:
-    """A run of each kind without noise; test_pgd_step.py has all, step by step, and what float32 does to them."""
-    stored = np.load(goldens / "attacks.npz")
-    small = SMALL_NETS["cifar_resnet20"]
-    net = small.build(10)
-    net.load_state_dict(load_file(goldens / "cifar_resnet20.safetensors"))
-    # The published figures have normalisation constants rounded to float32.
-    mean, std = (torch.tensor(values)[:, None, None].double() for values in (small.mean, small.std))
-    model = Normalised(net.double().train(), mean, std)
-    images = (torch.from_numpy(stored["images_u8"]).float() / 255).double()
-    tags = ("pgd_clean_e1.0_s10", "pgd_targeted_clean_e1.0_s10", "ta_pgd_linf_e8_a2_s4", "ta_pgdl2_e0.25_a0.1_s4")
+@pytest.fixture(scope="session")
+def published(goldens: Path) -> Callable[[torch.dtype], tuple[nn.Module, Tensor, dict[str, Any]]]:
+    """Type → the model of the stored runs in training mode, their images and everything stored."""
+    stored = dict(np.load(goldens / "attacks.npz"))
+    weights = load_file(goldens / "cifar_resnet20.safetensors")
+
+    def make(dtype: torch.dtype) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+        small = SMALL_NETS["cifar_resnet20"]
+        net = small.build(10)
+        net.load_state_dict(weights)
+        # The published figures have normalisation constants rounded to float32.
+        mean, std = (torch.tensor(values)[:, None, None].to(dtype) for values in (small.mean, small.std))
+        images = (torch.from_numpy(stored["images_u8"]).float() / 255).to(dtype)
+        return Normalised(net.to(dtype).train(), mean, std), images, stored
+
+    return make
+
+
+def run_again(model: nn.Module, images: Tensor, stored: dict[str, Any], tag: str, few: slice = slice(0, 8)) -> Tensor:
+    """The perturbations of some images of a stored run of PGD."""
+    run = parse(tag)
+    assert run is not None
+    aimed = "targeted" in run["kind"]
+    images, labels = images[few], torch.from_numpy(stored["target_labels" if aimed else "labels"])[few]
+    noise = None
+    if run["copies"]:
+        noise = torch.from_numpy(stored[f"noise{run['copies']}"]).unflatten(0, (8, -1))[few].flatten(0, 1)
+    given: dict[str, Any] = {"targeted": aimed, "noise": noise, "gradient_free": run["kind"] == "nograd"}
+    if run["order"] == "box_then_ball":
+        return smoothadv(model, images, labels, run["eps"], run["steps"], **given) - images
+    settings = {name: run[name] for name in ("norm", "order", "eps", "steps", "step_size")}
+    return pgd(model, images, labels, **settings, **given) - images
+
+
+def test_published_attacks_in_float64(published: Any) -> None:
+    """Every stored run of PGD: SmoothAdv's, with one noise vector and several and without gradients; the libraries'.
+
+    Long runs on the last three images only, of which the model misclassifies one; test_pgd_step.py has all.
+    """
+    model, images, stored = published(torch.float64)
+    tags = [tag for tag in stored["tags"] if parse(tag)]
+    assert len(tags) == 20
     for tag in tags:
-        run = parse(tag)
-        assert run is not None
-        targeted = "targeted" in run["kind"]
-        labels = torch.from_numpy(stored["target_labels" if targeted else "labels"])
-        sign = -1 if targeted else 1
-
-        def loss(logits: Tensor, labels: Tensor, sign: int = sign) -> Tensor:
-            return sign * cross_entropy(logits, labels)
-
-        options = {name: run[name] for name in ("norm", "order", "eps", "steps")}
-        adv = pgd(model, images, labels, **options, step_size=abs(run["step_size"]), loss=loss)
-        expected = stored.get(f"{tag}/delta_f64", stored[f"{tag}/delta"])
-        assert (adv - images - torch.from_numpy(expected)).abs().max() <= 2e-6, tag
+        few = slice(5, 8) if tag.endswith("10") else slice(0, 8)
+        delta = run_again(model, images, stored, tag, few)
+        expected = stored.get(f"{tag}/delta_f64", stored[f"{tag}/delta"])[few]
+        assert (delta - torch.from_numpy(expected)).abs().max() <= 2e-6, tag
+        assert all(part.training for part in model.net.modules())  # the attack has to see to evaluation mode itself
         with torch.no_grad():
-            net.eval()
-            assert model(adv).argmax(1).tolist() == stored[f"{tag}/pred"].tolist(), tag
-            net.train()  # the attack has to see to evaluation mode itself
+            assert model.eval()(images[few] + delta).argmax(1).tolist() == stored[f"{tag}/pred"][few].tolist(), tag
+        model.train()
 
 
-@pytest.mark.parametrize("targeted", [False, True])
+def test_published_attacks_in_float32(published: Any) -> None:
+    """Kinks enlarge roundings, folded or not: bounds and shares are those of test_pgd_step.py."""
+    model, images, stored = published(torch.float32)
+    distances = []
+    for tag in filter(parse, stored["tags"]):
+        delta = run_again(model, images, stored, tag)
+        distance = (delta - torch.from_numpy(stored[f"{tag}/delta"])).flatten(1).norm(dim=1)
+        run: Any = parse(tag)
+        assert delta.flatten(1).norm(dim=1).numpy() == pytest.approx(stored[f"{tag}/norm"], rel=0.02), tag
+        assert distance.median() <= 1e-5, tag
+        assert distance.max() <= (0.3 if "linf" in tag else 0.15), tag
+        assert_in_ball_and_box(images + delta, images, run["eps"], run["norm"])
+        distances.append(distance)
+    assert (torch.cat(distances) <= 1e-3).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("aimed", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_torchattacks_agrees(norm: Any, targeted: bool) -> None:
+def test_torchattacks_agrees(norm: Any, aimed: bool) -> None:
     torchattacks = pytest.importorskip("torchattacks", reason="torchattacks, an oracle of PGD, is not installed")
     net, (images, labels) = smooth_net(), example(6)
     options: dict[str, Any] = {**(LINF if norm == "linf" else L2), "steps": 7}
     make = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm]
     theirs = make(net, options["eps"], options["step_size"], options["steps"], random_start=False)
-    targets = (labels + 1) % 5
-    if targeted:
+    if aimed:
         theirs.set_mode_targeted_by_label(quiet=True)
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return -cross_entropy(logits, labels)
-
-    if targeted:
-        ours = pgd(net, images, targets, **options, order="ball_then_box", loss=loss)
-    else:
-        ours = pgd(net, images, labels, **options, order="ball_then_box")
-    expected = theirs(images, targets if targeted else labels)
+        labels = (labels + 1) % 5
+    ours = pgd(net, images, labels, **options, order="ball_then_box", targeted=aimed)
+    expected = theirs(images, labels)
     assert (expected - images).abs().amax((1, 2, 3)).min() > options["eps"] / 20
     assert (ours - expected).abs().max() <= 1e-6
 
@@ -239,16 +271,14 @@ def test_other_losses_are_attacked_too() -> None:
     net, (images, labels) = smooth_net(), example(40)
     targets = (labels + 2) % 5
 
-    def targeted(logits: Tensor, labels: Tensor) -> Tensor:
-        return -cross_entropy(logits, labels)
-
     def margin(logits: Tensor, labels: Tensor) -> Tensor:
         own = F.one_hot(labels, 5).bool()
         return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
 
     options: dict[str, Any] = {**L2, "steps": 8}
     with torch.no_grad():
-        near = pgd(net, images, targets, **options, loss=targeted)
+        near = pgd(net, images, targets, **options, targeted=True)
+        assert torch.equal(near, pgd(net, images, targets, **options, loss=targeted(cross_entropy)))
         assert (cross_entropy(net(near), targets) < cross_entropy(net(images), targets)).float().mean() > 0.9
         far = pgd(net, images, labels, **options, loss=margin)
         assert (margin(net(far), labels) > margin(net(images), labels)).float().mean() > 0.9
@@ -263,6 +293,28 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
     for options in (L2, LINF):
         for order in ("box_then_ball", "ball_then_box"):
             assert torch.equal(pgd(Flat(), images, labels, **options, order=order), images)
+
+
+def test_a_gradient_of_zero_moves_at_random_if_asked() -> None:
+    """As in SmoothAdv's code, by a direction that is not normalised: far beyond the ball at once."""
+
+    class Half(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = torch.stack([images.mean((1, 2, 3)), 1 - images.mean((1, 2, 3))], 1)
+            return torch.cat([logits[:2], 0 * logits[2:]])
+
+    images, labels = example()
+    options: dict[str, Any] = {**L2, "steps": 1, "step_size": 1e-3}
+    moved = [
+        pgd(Half(), images, labels % 2, **options, zero_gradient="randn", generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[0][:2], moved[2][:2])
+    assert not torch.equal(moved[0][2:], moved[2][2:])
+    length = (moved[0] - images).flatten(1).norm(dim=1)
+    assert (length[:2] <= 1.001e-3).all()
+    assert (length[2:] > 5e-3).all()
 
 
 def test_fused_steps_make_the_same_attack(device: str) -> None:
@@ -315,6 +367,124 @@ def test_an_attack_starts_where_its_generator_says() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     first, second = (pgd(net, images, labels, **options) for _ in range(2))
     assert not torch.equal(first, second)  # the global generator went on
+
+
+# --- Noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_with_the_same_noise_are_one() -> None:
+    net, (images, labels) = smooth_net(), example()
+    noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+    alone = smoothadv(net, images, labels, 0.5, 4, noise)
+    assert (alone - smoothadv(net, images, labels, 0.5, 4)).abs().max() > 1e-3
+    for form in (torch.contiguous_format, torch.channels_last):
+        copies = noise.repeat_interleave(3, 0).contiguous(memory_format=form)
+        assert (smoothadv(net, images, labels, 0.5, 4, copies) - alone).abs().max() <= 1e-6
+    assert (
+        smoothadv(net, images, labels, 0.5, 4, 0 * noise) - smoothadv(net, images, labels, 0.5, 4)
+    ).abs().max() <= 1e-6
+
+
+def test_noise_of_each_image_is_its_own() -> None:
+    """Rows i·m … i·m + m - 1; an attack on one image with its rows is the same."""
+    net, (images, labels) = smooth_net(), example()
+    noise = 0.2 * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    whole = smoothadv(net, images, labels, 0.5, 3, noise)
+    for i in range(4):
+        alone = smoothadv(net, images[i : i + 1], labels[i : i + 1], 0.5, 3, noise[2 * i : 2 * i + 2])
+        assert (whole[i] - alone[0]).abs().max() <= 1e-6
+
+
+def test_noise_of_half_precision_is_used_as_float32() -> None:
+    net, (images, labels) = smooth_net(), example()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2)).half()
+    found, expected = (smoothadv(net, images, labels, 0.5, 2, one) for one in (noise, noise.float()))
+    assert torch.equal(found, expected)
+
+
+def test_noise_goes_through_the_fused_step(device: str) -> None:
+    net, (images, labels) = smooth_net(device), example(2, device)
+    noise = 0.2 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(device)
+    fused, reference = (
+        smoothadv(net, images, labels, 0.5, 2, noise, kernel=kernel) for kernel in ("triton", "reference")
+    )
+    assert (fused - reference).abs().max() <= 1e-6
+    assert (fused - images).abs().max() > 1e-3
+
+
+def test_the_gradient_free_variant_can_be_targeted() -> None:
+    """It moves against what raised a label's probability, or towards it; the published code forgets the latter."""
+    net, (images, labels) = smooth_net(), example()
+    noise = torch.randn(80, 3, 8, 8, generator=torch.Generator().manual_seed(2)) / 4
+    one: dict[str, Any] = {
+        "step_size": 1e-3,
+        "norm": "l2",
+        "eps": 1.0,
+        "steps": 1,
+        "noise": noise,
+        "gradient_free": True,
+    }
+    middle = images.clamp(0.1, 0.9)
+    away, towards = (pgd(net, middle, labels, **one, targeted=aimed) - middle for aimed in (False, True))
+    assert (away + towards).abs().max() <= 1e-6
+    assert away.flatten(1).norm(dim=1).tolist() == pytest.approx([1e-3] * 4, rel=1e-3)
+
+
+# --- Restarts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aimed", [False, True])
+def test_restarts_keep_the_worst_of_all_ends_and_the_clean_image(aimed: bool) -> None:
+    net, (images, labels) = smooth_net(), example(20)
+    with torch.no_grad():
+        labels[:10] = net(images).argmax(1)[:10]  # half of the images are classified as labelled
+    options: dict[str, Any] = {
+        **L2,
+        "eps": 0.1,
+        "step_size": 0.05,
+        "random_start": True,
+        "targeted": aimed,
+        "fold": False,
+    }
+    generator = torch.Generator().manual_seed(0)
+    ends = [images, *(pgd(net, images, labels, **options, generator=generator) for _ in range(3))]
+    with torch.no_grad():
+        logits = torch.stack([net(end) for end in ends])
+        losses = torch.stack([cross_entropy(one, labels) for one in logits]) * (-1 if aimed else 1)
+        success = (logits.argmax(2) == labels) == aimed
+    expected = torch.stack(ends)[(losses.double() + 1e3 * success).argmax(0), torch.arange(20)]
+    found = pgd(net, images, labels, **options, generator=generator.manual_seed(0), restarts=3)
+    assert (found - expected).abs().max() <= 1e-6
+    assert len({int(which) for which in losses.argmax(0)}) > 1  # not always the same restart
+    with torch.no_grad():
+        reached = (net(found).argmax(1) == labels) == aimed
+    assert not (success[0] & ~reached).any()  # no success is lost again
+
+
+def test_an_image_that_is_wrong_stays_wrong_though_every_end_is_right() -> None:
+    """The loss rises nowhere but at random starts; the clean image is kept where it is the only success."""
+
+    class Wrong(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            clean = (images == 0.5).flatten(1).all(1)
+            logits = torch.stack([images.mean((1, 2, 3)), 1 - images.mean((1, 2, 3))], 1)
+            return torch.where(
+                clean[:, None], logits.new_tensor([0.0, 0.01]), logits * 0 + logits.new_tensor([0.02, 0])
+            )
+
+    images, labels = torch.full((3, 3, 8, 8), 0.5), torch.zeros(3, dtype=torch.int64)
+    options: dict[str, Any] = {**L2, "random_start": True, "generator": torch.Generator().manual_seed(0)}
+    assert not torch.equal(pgd(Wrong(), images, labels, **options), images)
+    assert torch.equal(pgd(Wrong(), images, labels, **options, restarts=4), images)
+
+
+def test_a_target_that_is_the_true_class_is_reached() -> None:
+    net, (images, _) = smooth_net(), example()
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+        near = pgd(net, images, labels, **L2, targeted=True)
+        assert (cross_entropy(net(near), labels) <= cross_entropy(net(images), labels)).all()
+    assert_in_ball_and_box(near, images, L2["eps"], "l2")
 
 
 # --- What stays untouched ---------------------------------------------------------------------------------------------
@@ -488,7 +658,8 @@ def test_accelerates_own_autocast_is_passed_by() -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     net, (images, labels) = smooth_net(), example()
-    expected = [pgd(net, images, labels, **L2, precision=precision) for precision in ("fp32", "bf16")]
+    # Hooks switch folding off, so it is off where there are none, too.
+    expected = [pgd(net, images, labels, **L2, precision=precision, fold=False) for precision in ("fp32", "bf16")]
     states = (AcceleratorState, PartialState, GradientState)  # one for each process, whoever made it
     for state in states:
         state._reset_state()
@@ -604,7 +775,7 @@ def test_evaluate_gives_each_images_loss_and_gradient() -> None:
     def of_mean_probability(logits: Tensor, labels: Tensor) -> Tensor:
         return F.nll_loss(logits.softmax(1).unflatten(0, (-1, 2)).mean(1).log(), labels, reduction="none")
 
-    with under_attack(net, images.device) as network:
+    with under_attack(net, images.device, fold=False) as network:
         logits, losses, gradient = evaluate(network, copies, labels, of_mean_probability)
     assert not any(value.requires_grad for value in (logits, losses, gradient))
     assert torch.equal(logits, net(copies))
@@ -613,6 +784,31 @@ def test_evaluate_gives_each_images_loss_and_gradient() -> None:
     assert torch.equal(losses, expected)
     (second,) = torch.autograd.grad(expected[1], leaf)
     assert (gradient[2:4] - second[2:4]).abs().max() <= 1e-7
+
+
+def test_the_loss_of_copies_is_that_of_their_mean_probability() -> None:
+    logits = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3, 4, 1])
+    mean = logits.softmax(1).unflatten(0, (4, 3)).mean(1)
+    assert (mean_log_probabilities(logits, 4).exp() - mean).abs().max() <= 1e-15
+    expected = F.nll_loss(mean.log(), labels, reduction="none")
+    assert (cross_entropy(logits, labels) - expected).abs().max() <= 1e-14
+    assert torch.equal(targeted(cross_entropy)(logits, labels), -cross_entropy(logits, labels))
+    assert torch.equal(cross_entropy(logits[:4], labels), F.cross_entropy(logits[:4], labels, reduction="none"))
+    with pytest.raises(ValueError, match=r"logits \(11, 5\) are not a whole number of copies of 4 images"):
+        cross_entropy(logits[:11], labels)
+
+
+def test_neither_large_logits_nor_small_probabilities_are_lost() -> None:
+    """p = e^-40 has its loss and gradient; below 1e-20 the loss is flat at the published floor."""
+    labels = torch.zeros(1, dtype=torch.int64)
+    for gap, loss, slope in ((0.0, 0.6931, 0.5), (40.0, 40.0, 1.0), (60.0, 46.0517, 0.0), (1e4, 46.0517, 0.0)):
+        logits = torch.tensor([[-gap, 0.0], [-gap, 0.0]], requires_grad=True)
+        found = cross_entropy(logits + 1e4 * (gap > 1e3), labels)
+        (gradient,) = torch.autograd.grad(found.sum(), logits)
+        assert found.item() == pytest.approx(loss, rel=1e-4)
+        assert gradient.sum(0).tolist() == pytest.approx([-slope, slope], abs=1e-5)
+    assert (mean_log_probabilities(torch.tensor([[1e4, -1e4], [-1e4, 1e4]]), 1) + 0.6931).abs().max() <= 1e-4
 
 
 def test_refused() -> None:
@@ -629,13 +825,23 @@ def test_refused() -> None:
         ({"labels": labels[:3]}, r"labels \(3,\) do not fit images \(4, 3, 8, 8\)"),
         ({"labels": labels[0]}, r"labels \(\) do not fit"),
         ({"norm": "l1"}, "norm must be 'linf' or 'l2', not 'l1'"),
-        ({"order": "box"}, "order box_then_ball or ball_then_box"),
+        ({"order": "box"}, "'l2', 'box'"),
         ({"steps": -1}, "steps must be at least 0, not -1"),
         ({"eps": -0.1}, "eps must be a number >= 0"),
         ({"step_size": float("nan")}, "step_size must be a finite number"),
         ({"precision": "fp16"}, "underflow in fp16"),
         ({"precision": "fp16", "steps": 0}, "underflow in fp16"),
         ({"loss": F.cross_entropy}, r"the loss has shape \(\): an attack needs that of each image, \[4\]"),
+        ({"restarts": 0, "random_start": True}, "restarts must be 1, or more with random_start: not 0"),
+        ({"restarts": 2}, "restarts must be 1, or more with random_start: not 2"),
+        ({"restarts": 2, "random_start": True, "labels": labels[:, None]}, r"labels \(4, 1\) must be classes \[4\]"),
+        ({"noise": images[:3]}, r"noise \(3, 3, 8, 8\) does not fit images \(4, 3, 8, 8\): expected m copies"),
+        ({"noise": images.repeat(2, 1, 1, 1)[:7]}, r"noise \(7, 3, 8, 8\) does not fit"),
+        ({"noise": images[:, :1]}, r"noise \(4, 1, 8, 8\) does not fit"),
+        ({"gradient_free": True}, "gradient_free needs noise"),
+        ({"gradient_free": True, "noise": images, "loss": targeted(cross_entropy)}, "no loss but cross_entropy"),
+        ({"zero_gradient": "random"}, "zero_gradient must be 'rest' or 'randn', not 'random'"),
+        ({"zero_gradient": "randn", "order": "ball_then_box"}, "only for l2 in order box_then_ball"),
     ):
         with pytest.raises(ValueError, match=message):
             pgd(**{**good, **change})
