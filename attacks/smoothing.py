@@ -1,0 +1,356 @@
+"""Randomised smoothing: what a classifier says most often under Gaussian noise, and how far that is certain.
+
+    g(x) = argmax_c P(f(x + σε) = c), ε standard normal       (Cohen et al., arXiv:1902.02918)
+
+`certify` draws n0 noisy copies of an image and selects their most frequent class A, then draws n others and counts the
+votes for A. With pA the lower Clopper-Pearson bound of P(f(x + σε) = A) at confidence 1 - α, g says A within an L2 ball
+of radius σ Φ⁻¹(pA) around x, unless pA < 1/2: then it abstains. `predict` only gives the most frequent class, unless a
+two-sided binomial test between the first two classes has a p-value above α. Both are wrong about an image, at any
+radius, with a probability of at most α.
+
+Statistics (numpy, float64, any number of images at once) and sampling (torch) are apart: `certify_counts` and
+`predict_counts` take votes from wherever they come.
+
+Noise is drawn on the images' device, for each image and stage from a generator of its own, in blocks of BLOCK copies.
+So the noise that an image gets depends on nothing but the seed, the image's number and the kind of device: not on batch
+sizes, on what other images are there or on the number of processes. (Logits can still differ in their last digits
+between batch sizes, where a library's convolutions do.) Nothing waits for the device between batches.
+
+σ and radii are for pixels in [0, 1]. Noisy pixels leave that range and are not clipped, as the theory demands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+from torch import Tensor, nn
+
+from attacks.pgd import Network, Precision, under_attack
+
+Stage = Literal["selection", "estimation", "prediction"]
+# Fills a tensor [BLOCK, ...] with standard normal numbers: the next copies of an image, given by its place, in a stage.
+Noise = Callable[[Stage, int, Tensor], None]
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+ABSTAIN = -1
+BLOCK = 25  # noisy copies that are drawn at once; the customary 100, 1,000 and 100,000 are multiples
+LARGEST_SIGMA = 2.0  # twice what has been published; beyond it somebody counts pixels from 0 to 255
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lower_confidence_bound(votes: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Floats:
+    """One-sided Clopper-Pearson bound: the share that is too small to give `votes` of n with a chance above alpha.
+
+    Numbers or arrays that broadcast. Raises ValueError for impossible counts or alpha outside (0, 1).
+    """
+    votes, n, alpha = np.broadcast_arrays(*(np.asarray(values, dtype=np.float64) for values in (votes, n, alpha)))
+    if not ((n >= 1) & (votes >= 0) & (votes <= n)).all():
+        raise ValueError("votes must be 0 to n, and n at least 1")
+    if not ((alpha > 0) & (alpha < 1)).all():
+        raise ValueError("alpha must lie between 0 and 1")
+    return np.where(votes == 0, 0.0, special.betaincinv(np.maximum(votes, 1), n - votes + 1, alpha))
+
+
+def certified_radius(bound: ArrayLike, sigma: ArrayLike) -> Floats:
+    """L2 radius σ Φ⁻¹(bound), for pixels in [0, 1]; 0 where the bound of the class's probability is below 1/2."""
+    bound = np.asarray(bound, dtype=np.float64)
+    return np.where(bound < 0.5, 0.0, sigma * special.ndtri(bound))
+
+
+def certify_counts(counts0: ArrayLike, counts: ArrayLike, alpha: float, sigma: float) -> tuple[Integers, Floats]:
+    """Classes int64 [B], ABSTAIN where none is certain, and radii [B] (0 there), from votes [B, K] of both stages.
+
+    Of equally frequent classes the first is selected. The number of copies, n, is the sum of an image's `counts`.
+    """
+    counts0, counts = np.asarray(counts0), np.asarray(counts)
+    selected = counts0.argmax(axis=1)
+    votes = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
+    bound = lower_confidence_bound(votes, counts.sum(axis=1), alpha)
+    return np.where(bound < 0.5, ABSTAIN, selected), certified_radius(bound, sigma)
+
+
+def predict_counts(counts: ArrayLike, alpha: float) -> tuple[Integers, Floats]:
+    """Most frequent classes int64 [B], ABSTAIN where the p-value is above alpha, and p-values [B], from votes [B, K].
+
+    The test is the two-sided binomial one, of the first class against the second at 1/2; after a tie it gives 1.
+    """
+    counts = np.asarray(counts)
+    if counts.shape[1] < 2:
+        raise ValueError("one class only: there is nothing to choose from")
+    second, first = np.partition(counts, -2, axis=1)[:, -2:].T.astype(np.float64)
+    p_value = np.minimum(1.0, 2 * special.betainc(first, second + 1, 0.5))  # twice P(at least `first` of both)
+    return np.where(p_value > alpha, ABSTAIN, counts.argmax(axis=1)), p_value
+
+
+def needed_samples(alpha: float, mode: Literal["certify", "predict"] = "certify") -> int:
+    """The smallest n of which a unanimous vote is no abstention: 10 for alpha = 0.001, 11 to predict."""
+
+    def enough(n: int) -> bool:
+        if mode == "predict":
+            return bool(predict_counts([[n, 0]], alpha)[0][0] != ABSTAIN)
+        return bool(lower_confidence_bound(n, n, alpha) >= 0.5)
+
+    n = max(1, math.floor(-math.log2(alpha)) - 1)
+    while not enough(n):
+        n += 1
+    return n
+
+
+def certified_accuracy(correct: ArrayLike, radii: ArrayLike, radius: float) -> float:
+    """Share of images whose class is right (an abstention is not) and certain at least up to `radius`."""
+    return float((np.asarray(correct, dtype=np.bool_) & (np.asarray(radii) >= radius)).mean())
+
+
+def average_certified_radius(correct: ArrayLike, radii: ArrayLike) -> float:
+    """Mean radius over all images, wrong classes and abstentions counting as 0."""
+    return float(np.where(correct, radii, 0.0).mean())
+
+
+def check_settings(mode: Literal["certify", "predict"], sigma: float, n0: int, n: int, alpha: float) -> None:
+    """Raises ValueError, one line, for settings with which nothing can be certified; n0 only matters to certify."""
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma must be a number above 0, not {sigma}")
+    if sigma > LARGEST_SIGMA:
+        raise ValueError(
+            f"sigma {sigma:g} is for pixels in [0, 1] and cannot be above {LARGEST_SIGMA:g}; "
+            f"if it counts pixels from 0 to 255, give {sigma / 255:.3g}"
+        )
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha {alpha} must lie between 0 and 0.5: it is the chance of an error, such as 0.001")
+    if mode == "certify" and n0 < 1:
+        raise ValueError(f"n0 must be at least 1 copy, not {n0}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1 copy, not {n}")
+    if n < (needed := needed_samples(alpha, mode)):
+        raise ValueError(
+            f"n {n} is too small for alpha {alpha:g}: even a unanimous vote is an abstention; give at least {needed}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def smoothing(
+    model: nn.Module, device: torch.device, *, precision: Precision = "fp32", compile: bool = False
+) -> Iterator[Network]:
+    """The model as a function of noisy images, for the functions below: `under_attack` without gradients.
+
+    compile: by torch.compile, which takes up to some minutes at the first batch and saves a sixth of the time or more.
+    """
+    with under_attack(model, device, precision=precision) as network, torch.inference_mode():
+        yield _Compiled(network) if compile else network
+
+
+class _Compiled:
+    """A compiled network. Each size of a batch is compiled anew, so smaller ones are filled up to one that is known."""
+
+    def __init__(self, network: Network) -> None:
+        self._network: Network = torch.compile(network, dynamic=False)
+        self._sizes: set[int] = set()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count = len(images)
+        size = min((known for known in self._sizes if known >= count), default=count)
+        self._sizes.add(size)
+        if size == count:
+            return self._network(images)
+        layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+        filled = torch.zeros(size, *images.shape[1:], dtype=images.dtype, device=images.device)
+        filled = filled.contiguous(memory_format=layout)
+        filled[:count] = images
+        return self._network(filled)[:count]
+
+
+class GaussianNoise:
+    """Noise of images that have these numbers in their data set, on `device`."""
+
+    def __init__(self, seed: int, numbers: Sequence[int], device: torch.device) -> None:
+        self._seed, self._numbers, self._device = seed, numbers, device
+        self._generators: dict[tuple[Stage, int], torch.Generator] = {}
+
+    def __call__(self, stage: Stage, image: int, out: Tensor) -> None:
+        """See `Noise`."""
+        generator = self._generators.get((stage, image))
+        if generator is None:
+            words = f"smoothing/{self._seed}/{self._numbers[image]}/{stage}"
+            generator = torch.Generator(self._device)
+            generator.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) >> 1)
+            self._generators[stage, image] = generator
+        out.normal_(generator=generator)
+
+
+def default_batch_size(images: Tensor) -> int:
+    """Noisy copies of images [B, ...] for one forward pass: as many as are fast, by the size of an image.
+
+    About 1.2 MB of pixels on a CPU, whose caches then hold the maps of a small network, at least one block; 150 MB on a
+    GPU, at most 2,000 copies.
+    """
+    pixels = 4 * max(images[0].numel(), 1)
+    copies = min(150_000_000 // pixels, 2000) if images.is_cuda else min(1_250_000 // pixels, 500)
+    return max(copies // BLOCK, 1) * BLOCK
+
+
+def count_votes(
+    network: Network,
+    images: Tensor,
+    copies: int,
+    sigma: float,
+    draw: Callable[[int, Tensor], None],
+    *,
+    batch_size: int = 0,
+    between: Callable[[], None] | None = None,
+) -> Integers:
+    """Votes int64 [B, K]: how often `network` says each class about `copies` noisy copies of each image.
+
+    Args:
+        network: what `smoothing` gives, inside of it: images [N, ...] → logits [N, K].
+        images: [B, ...] floating point, on the device.
+        draw: fills [BLOCK, ...] with standard normal numbers for the image at a place; the last block of an image may
+            be used in part.
+        batch_size: copies of one forward pass, of one image after the other; 0: `default_batch_size`.
+        between: called before each forward pass; what it raises ends the count.
+
+    Raises:
+        ValueError: no images, less than one copy, batches of less than BLOCK copies, logits that are not finite.
+    """
+    if not len(images) or copies < 1:
+        raise ValueError(f"{len(images)} images and {copies} copies: there is nothing to count")
+    batch_size = batch_size or default_batch_size(images)
+    if batch_size < BLOCK:
+        raise ValueError(f"batch size {batch_size} is below the {BLOCK} copies that are drawn at once")
+    shape = images.shape[1:]
+    noise = torch.empty(BLOCK, *shape, dtype=images.dtype, device=images.device)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    inputs = torch.empty(batch_size, *shape, dtype=images.dtype, device=images.device, memory_format=layout)
+    ones = torch.ones(batch_size, dtype=torch.int64, device=images.device)
+    counts: Tensor | None = None
+    finite: Tensor | None = None
+    parts: list[tuple[int, int]] = []  # of the batch that is being filled: the place of an image, its copies
+    filled = 0
+
+    def vote() -> None:
+        nonlocal counts, finite, filled
+        if between is not None:
+            between()
+        logits = network(inputs[:filled])
+        if counts is None:
+            counts = torch.zeros(len(images), logits.shape[1], dtype=torch.int64, device=images.device)
+        ended = torch.isfinite(logits).all()
+        finite = ended if finite is None else finite & ended
+        votes = logits.argmax(dim=1)
+        for place, number in parts:
+            counts[place].index_add_(0, votes[:number], ones[:number])
+            votes = votes[number:]
+        parts.clear()
+        filled = 0
+
+    for place in range(len(images)):
+        for first in range(0, copies, BLOCK):
+            number = min(BLOCK, copies - first)
+            if filled + number > batch_size:
+                vote()
+            draw(place, noise)
+            torch.add(images[place], noise[:number], alpha=sigma, out=inputs[filled : filled + number])
+            filled += number
+            if parts and parts[-1][0] == place:
+                parts[-1] = place, parts[-1][1] + number
+            else:
+                parts.append((place, number))
+    vote()
+    assert counts is not None and finite is not None  # noqa: PT018
+    if not finite:  # the first wait for the device
+        raise ValueError("the classifier's logits are not finite under noise")
+    return counts.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What is certain about images [B].
+
+    classes: int64, ABSTAIN where none is. radii: float64, L2 for pixels in [0, 1]. selected: the class in question,
+    int64. counts0, counts: votes int64 [B, K] of both stages; all 0 in `counts` where an image was left out.
+    """
+
+    classes: Integers
+    radii: Floats
+    selected: Integers
+    counts0: Integers
+    counts: Integers
+
+
+def certify(
+    network: Network,
+    images: Tensor,
+    noise: Noise,
+    *,
+    sigma: float,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    labels: ArrayLike | None = None,
+    batch_size: int = 0,
+    between: Callable[[], None] | None = None,
+) -> Certificates:
+    """Certificates of images [B, ...] in [0, 1], each wrong with a probability of at most alpha.
+
+    Args:
+        network, batch_size, between: see `count_votes`.
+        noise: `GaussianNoise`.
+        sigma: of the noise, for pixels in [0, 1]. n0, n: copies that select the class, and that count its votes.
+        labels: [B]; with them only images whose selected class is right are counted further. The others' certificates
+            are abstentions, which changes neither certified accuracy nor average radius, and saves their n copies.
+
+    Raises:
+        ValueError: what `check_settings` and `count_votes` refuse.
+    """
+    check_settings("certify", sigma, n0, n, alpha)
+    options = {"batch_size": batch_size, "between": between}
+    counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), **options)  # type: ignore[arg-type]
+    selected = counts0.argmax(axis=1)
+    kept = np.arange(len(images)) if labels is None else np.flatnonzero(selected == np.asarray(labels))
+    counts, classes, radii = np.zeros_like(counts0), np.full(len(images), ABSTAIN), np.zeros(len(images))
+    if len(kept):
+        some = images if len(kept) == len(images) else images[torch.from_numpy(kept).to(images.device)]
+
+        def draw(place: int, out: Tensor) -> None:
+            noise("estimation", int(kept[place]), out)
+
+        counts[kept] = count_votes(network, some, n, sigma, draw, **options)  # type: ignore[arg-type]
+        classes[kept], radii[kept] = certify_counts(counts0[kept], counts[kept], alpha, sigma)
+    return Certificates(classes, radii, selected, counts0, counts)
+
+
+def predict(
+    network: Network,
+    images: Tensor,
+    noise: Noise,
+    *,
+    sigma: float,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    batch_size: int = 0,
+    between: Callable[[], None] | None = None,
+) -> tuple[Integers, Floats, Integers]:
+    """Classes int64 [B] or ABSTAIN, p-values [B] and votes [B, K] of images; arguments and errors as of `certify`."""
+    check_settings("predict", sigma, 1, n, alpha)
+    draw = partial(noise, "prediction")
+    counts = count_votes(network, images, n, sigma, draw, batch_size=batch_size, between=between)
+    return *predict_counts(counts, alpha), counts

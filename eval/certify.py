@@ -1,0 +1,497 @@
+"""How far around each image is a classifier's answer under Gaussian noise certain? Randomised smoothing, certified.
+
+    accelerate launch eval/certify.py                                       built-in demo, after train/adversarial.py
+    accelerate launch eval/certify.py --model local-dir:runs/cohen_025/export --data cifar10 --sigma 0.25
+                                                                            as published: 500 images, 100,000 copies
+    accelerate launch eval/certify.py --model local-dir:runs/cohen_025/export --data cifar10 --sigma 0.25 \\
+        --n 1000 --count 100 --skip_wrong true                              a first look
+    accelerate launch --config_file train/launch/gpu_8_bf16.yaml eval/certify.py --precision bf16 --skip 1 \\
+        --model cifar_resnet110/checkpoint.pth.tar --data cifar10 --sigma 0.5    all 10,000 images, eight GPUs
+
+Cohen et al. 2019 (attacks/smoothing.py has the method). --sigma, for pixels in [0, 1], should be that of the noise the
+classifier was trained with. --mode certify gives a class and a radius for each image; --mode predict only the class,
+from --n copies. The defaults are the published setting: n0 = 100, n = 100,000, alpha = 0.001, every 20th test image
+(500 of CIFAR-10's). The original's `--skip 20 --max M` is `--skip 20 --count M/20` here; all images are --skip 1.
+
+Images are shared out over all processes; each has its own random numbers, so that its certificate depends neither on
+the other images nor on batches, processes or restarts. A run that was stopped, or is started again with a smaller
+--skip or a larger --count, computes only images that are not in its folder yet. The certificate is one for the network
+as it was run: with --precision bf16, that of the bf16 network.
+
+Cost: n0 + n forward passes for each image. With --skip_wrong true, images whose selected class is wrong are not counted
+further: certified accuracy and average radius stay the same, and a third of the time or more is saved.
+
+Writes into --out: config.yaml, env.json, certificates/*.jsonl (a row for each image; a file for each classifier, sigma
+and setting), results.jsonl (certified accuracy for each radius with Wilson's 95 % intervals, average certified radius,
+accuracy of the smoothed classifier, abstention rate, seconds per image), certified_accuracy.png and .svg.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data import DataError
+from data.rows import append_row, write_synced
+from eval.common import print_table
+from models import ModelError
+from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, option, run_script
+from train.launching import Agreement, StopSignals, start_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from attacks.pgd import Network
+    from data.small import ImageSet
+    from models.classifiers import Classifier
+
+Row = dict[str, Any]  # of an image, or of a result
+log = logging.getLogger("shiftlens")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; the defaults are the published ones."""
+
+    model: str = option("", "classifier: cifar_resnet110/FILE, torchvision:resnet50/FILE, local-dir:FOLDER, ...")
+    flip: bool = option(False, "the classifier takes frequency-flipped images, which its file may also say")
+    name: str = option("", "what figures call it; empty = --model")
+    data: str = option("", "mnist, fashion_mnist, cifar10 (`cifar10:PATH` = files there), a folder, shards; demo")
+    split: Literal["test", "train"] = option("test", "split of the data")
+    skip: int = option(20, "every how many-th image, from the first; 1 = all")
+    count: int = option(0, "no more images than that; 0 = no limit")
+    mode: Literal["certify", "predict"] = option("certify", "class and radius, or class alone")
+    sigma: float = option(0.0, "standard deviation of the noise, for pixels in [0, 1]")
+    n0: int = option(100, "noisy copies of an image that select its class (certify)")
+    n: int = option(100_000, "noisy copies of an image that are counted")
+    alpha: float = option(0.001, "chance of a wrong certificate, for each image")
+    skip_wrong: bool = option(False, "count no copies of images whose selected class is wrong (certify)")
+    radii: list[float] = option([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25], "radii of the table")
+    precision: Literal["fp32", "bf16"] = option("fp32", "of the network")
+    compile: bool = option(False, "torch.compile the network: minutes at first, then a sixth of the time less or more")
+    batch_size: int = option(0, "noisy copies at a time through the network, per process; 0 = by device and image size")
+    seed: int = option(0, "of the noise")
+    out: str = option("runs/certify", "run folder")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, at_least_1=("skip",), not_negative=("count", "seed", "batch_size"))
+        if not self.model:
+            raise ConfigError("--model is missing: a classifier such as cifar_resnet110/FILE or local-dir:FOLDER")
+        if not self.data:
+            raise ConfigError("--data is missing: mnist, fashion_mnist, cifar10, a folder of images, shards, or demo")
+        if not all(math.isfinite(radius) and radius >= 0 for radius in self.radii):
+            raise ConfigError(f"--radii {self.radii}: expected numbers of at least 0")
+        if self.skip_wrong and self.mode == "predict":
+            raise ConfigError("--skip_wrong is for --mode certify: predict has no second count to skip")
+        from attacks.smoothing import BLOCK, check_settings
+
+        if 0 < self.batch_size < BLOCK:
+            raise ConfigError(f"--batch_size {self.batch_size} is below the {BLOCK} copies that are drawn at once")
+        try:
+            check_settings(self.mode, self.sigma, self.n0, self.n, self.alpha)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Certificates of single images
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_images(config: Config, classifier: Classifier) -> ImageSet:
+    """The images. Raises DataError for what is wrong with them, or if their labels are not the classifier's."""
+    from data.demo import demo_shards
+    from data.small import load_images
+
+    source = str(Path(demo_shards("train")).parent) if config.data == "demo" else config.data
+    images = load_images(source, config.split, size=classifier.image_size, channels=classifier.channels)
+    if not len(images):
+        raise DataError(f"{images.name} has no images")
+    if len(images.classes) != classifier.num_classes or not 0 <= int(images.labels.max()) < classifier.num_classes:
+        raise DataError(
+            f"{images.name} has {len(images.classes)} classes, {classifier.name} gives {classifier.num_classes} logits"
+        )
+    for place, (ours, theirs) in enumerate(zip(classifier.classes or (), images.classes, strict=False)):
+        if ours != theirs:
+            raise DataError(f"class {place} of {classifier.name} is {ours!r}, of {images.name} {theirs!r}")
+    return images
+
+
+def identity(config: Config, classifier: Classifier, sha256: str, images: ImageSet, device_type: str) -> Row:
+    """All that the certificate of an image depends on; images that are certified beside it are not among it."""
+    settings: Row = {
+        name: getattr(config, name) for name in ("mode", "sigma", "n", "alpha", "precision", "compile", "seed")
+    }
+    if config.mode == "certify":
+        settings |= {"n0": config.n0, "skip_wrong": config.skip_wrong}
+    return settings | {
+        "architecture": classifier.architecture,
+        "weights_sha256": sha256,
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "flip": classifier.flip,
+        "data_fingerprint": images.fingerprint,
+        "noise": f"{device_type}, version 1",
+    }
+
+
+class CertificateFile:
+    """A file of certificates, a line of JSON for each image after one that says of what; only rank 0 has one.
+
+    Attributes:
+        rows: by the image's number.
+    """
+
+    def __init__(self, folder: Path, settings: Row, title: str) -> None:
+        """Reads what is there; a line that was cut short is left out. Raises DataError for a file of something else."""
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = folder / "certificates" / f"{settings['mode']}_sigma{settings['sigma']:g}_{digest}.jsonl"
+        self.rows: dict[int, Row] = {}
+        self.path.parent.mkdir(exist_ok=True)
+        head = {"settings": settings, "title": title}
+        if self.path.is_file():
+            known, rows = read_certificates(self.path)
+            if known["settings"] != settings:
+                raise DataError(f"{self.path}: holds certificates of other settings; use another --out")
+            self.rows = rows
+        # Written anew, so that what is appended does not continue a line that was cut short.
+        write_synced(self.path, "".join(json.dumps(line) + "\n" for line in (head, *self.rows.values())))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Appends rows of images."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows |= {row["image"]: row for row in rows}
+
+
+def read_certificates(path: Path) -> tuple[Row, dict[int, Row]]:
+    """The first line of a file of certificates, and its rows by image. Raises DataError if it is not one."""
+    lines: list[Any] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    if not lines or not isinstance(lines[0], dict) or not {"settings", "title"} <= set(lines[0]):
+        raise DataError(f"{path}: not a file of certificates; remove it, or use another --out")
+    return lines[0], {row["image"]: row for row in lines[1:] if isinstance(row, dict) and "image" in row}
+
+
+class Interrupted(Exception):
+    """A stop signal has come in the middle of an image."""
+
+
+def answer(
+    network: Network, images: ImageSet, numbers: Sequence[int], config: Config, accelerator: Accelerator, between: Any
+) -> list[Row]:
+    """The rows of the images with these numbers: what is certain about each. Raises ModelError."""
+    import torch
+
+    from attacks.smoothing import ABSTAIN, GaussianNoise, certify, predict
+    from data.transforms import unit_interval
+
+    device, start = accelerator.device, time.perf_counter()
+    places = torch.as_tensor(numbers)
+    batch, labels = unit_interval(images.images[places].to(device)), images.labels[places].numpy()
+    noise = GaussianNoise(config.seed, numbers, device)
+    options: Any = {"sigma": config.sigma, "n": config.n, "alpha": config.alpha, "batch_size": config.batch_size}
+    try:
+        if config.mode == "certify":
+            kept = labels if config.skip_wrong else None
+            found = certify(network, batch, noise, n0=config.n0, labels=kept, between=between, **options)
+            classes = found.classes
+            details = [
+                {"radius": radius, "selected": selected, "votes0": counts0[selected], "votes": counts[selected]}
+                for radius, selected, counts0, counts in zip(
+                    *(part.tolist() for part in (found.radii, found.selected, found.counts0, found.counts)), strict=True
+                )
+            ]
+            if config.skip_wrong:
+                for detail, label in zip(details, labels.tolist(), strict=True):
+                    detail["votes"] = detail["votes"] if detail["selected"] == label else None
+        else:
+            classes, p_values, counts = predict(network, batch, noise, between=between, **options)
+            details = [
+                {"p_value": p_value, "votes": sorted(votes)[:-3:-1]}
+                for p_value, votes in zip(p_values.tolist(), counts.tolist(), strict=True)
+            ]
+    except ValueError as error:
+        raise ModelError(f"{config.model}: {error}") from None
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"--compile: {config.model} cannot be compiled here ({reason}); leave it out") from None
+    seconds = round((time.perf_counter() - start) / len(numbers), 4)
+    return [
+        {"image": number, "label": label, "class": None if said == ABSTAIN else said, "correct": said == label}
+        | detail
+        | {"seconds": seconds}
+        for number, label, said, detail in zip(numbers, labels.tolist(), classes.tolist(), details, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What they say together
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def results(rows: Sequence[Row], config: Config) -> list[Row]:
+    """The numbers of a run, from the rows of its images."""
+    import numpy as np
+
+    from attacks.smoothing import average_certified_radius, certified_accuracy
+    from eval.robustness import wilson
+
+    n = len(rows)
+    correct = np.array([row["correct"] for row in rows])
+
+    def share(metric: str, count: int, **fields: Any) -> Row:
+        interval = {"interval": wilson(count, n), "interval_kind": "95 % Wilson"}
+        return {"metric": metric, "value": count / n, "correct": count, "n": n, **interval, **fields}
+
+    found = [share("smoothed_accuracy", int(correct.sum()))]
+    if not config.skip_wrong:
+        found.append(share("abstention_rate", sum(row["class"] is None for row in rows)))
+    if config.mode == "certify":
+        radii = np.array([row["radius"] for row in rows])
+        found += [
+            share("certified_accuracy", round(certified_accuracy(correct, radii, radius) * n), radius=radius)
+            for radius in config.radii
+        ]
+        mean = average_certified_radius(correct, radii)
+        row: Row = {"metric": "average_certified_radius", "value": mean, "n": n}
+        if n > 1:
+            half = 1.959964 * float(np.where(correct, radii, 0.0).std(ddof=1)) / math.sqrt(n)
+            row |= {"interval": (max(0.0, mean - half), mean + half), "interval_kind": "95 % normal"}
+        found.append(row)
+    seconds = sum(row["seconds"] for row in rows) / n
+    return [*found, {"metric": "seconds_per_image", "value": seconds, "n": n}]
+
+
+def write_results(found: Sequence[Row], facts: Row, folder: RunFolder) -> list[Row]:
+    """Appends rows to results.jsonl where they are not there yet, and returns all with their facts."""
+    plain = [{**row, **facts} for row in found]
+    same = ("metric", "radius", "value", "n", "certificates")
+    known = {tuple(row.get(key) for key in same) for row in folder.results()}
+    for row in plain:
+        if tuple(row.get(key) for key in same) not in known:
+            append_row(folder.path / "results.jsonl", **row)
+    return plain
+
+
+def show(found: Sequence[Row]) -> None:
+    """Prints the numbers: percent, with 95 % intervals."""
+    lines = []
+    for row in found:
+        low, high = row.get("interval", (None, None))
+        name = row["metric"].replace("_", " ") + (f" at {row['radius']:g}" if "radius" in row else "")
+        if "correct" in row:
+            lines.append([name, f"{100 * row['value']:.1f} %", f"({100 * low:.1f}..{100 * high:.1f})"])
+        else:
+            interval = "" if low is None else f"({low:.3f}..{high:.3f})"
+            lines.append([name, f"{row['value']:.3f}", interval])
+    print()
+    print_table([f"n = {found[0]['n']}", "", ""], lines)
+
+
+def draw_curves(out: Path, chosen: Sequence[int], current: Path) -> None:
+    """certified_accuracy.png and .svg: whatever in the folder has certificates of the same images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from attacks.smoothing import certified_accuracy
+    from eval.figures import COLOURS, STYLE
+    from eval.robustness import wilson
+
+    fingerprint = read_certificates(current)[0]["settings"]["data_fingerprint"]
+    curves = []
+    for path in sorted(current.parent.glob("certify_*.jsonl"), key=lambda path: (path != current, path.name)):
+        with contextlib.suppress(DataError):  # something else under such a name is no curve
+            head, known = read_certificates(path)
+            if head["settings"]["data_fingerprint"] == fingerprint and set(chosen) <= known.keys():
+                curves.append((head, [known[number] for number in chosen]))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for (head, rows), colour in zip(curves, COLOURS * len(curves), strict=False):
+            correct, radii = [row["correct"] for row in rows], np.array([row["radius"] for row in rows])
+            grid = np.unique(np.concatenate([[0.0], radii]))  # the curve falls just after each of these
+            shares = np.array([certified_accuracy(correct, radii, radius) for radius in grid])
+            low, high = np.array([wilson(round(share * len(rows)), len(rows)) for share in shares]).T
+            grid, shares, low, high = (
+                np.append(grid, grid[-1]),
+                np.append(shares, 0),
+                np.append(low, 0),
+                np.append(high, 0),
+            )
+            label = f"{head['title']}, σ = {head['settings']['sigma']:g}"
+            axes.plot(grid, 100 * shares, drawstyle="steps-pre", color=colour, label=label, linewidth=1.4)
+            axes.fill_between(
+                grid[:-1], 100 * low[:-1], 100 * high[:-1], step="pre", color=colour, alpha=0.2, linewidth=0
+            )
+        axes.set(
+            xlabel="L2 radius, for pixels in [0, 1]", ylabel="certified accuracy, %", ylim=(0, 100), xlim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(title=f"{len(chosen)} images; band: 95 % Wilson", fontsize=8)
+        for suffix in ("png", "svg"):
+            figure.savefig(
+                out / f"certified_accuracy.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else {}
+            )
+        plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Certifies the images; returns results and the rows of images (on rank 0), and how many were computed now.
+
+    Raises:
+        ConfigError, DataError, ModelError: anything a user can cause, in one line.
+        StopRequested: after a stop signal; certificates that were ready are kept.
+    """
+    with StopSignals() as signals, contextlib.ExitStack() as resources:
+        return evaluate(config, signals, resources)
+
+
+def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
+    # --- Launch -------------------------------------------------------------------------------------------------------
+    out = Path(config.out)
+    accelerator = start_accelerator(None, out, resources)
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    agreement = Agreement(rank, world)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+
+    from accelerate.utils import gather_object
+
+    from attacks.smoothing import certified_radius, default_batch_size, lower_confidence_bound, smoothing
+    from data import demo
+    from models.classifiers import load_classifier
+    from models.weights import state_sha256
+
+    # --- Classifier and images ----------------------------------------------------------------------------------------
+    with agreement.together():  # one process of each machine builds the demo, the others then find it
+        if config.data == "demo" and accelerator.is_local_main_process:
+            demo.demo_shards("train")
+    folder: RunFolder | None = None
+    file: CertificateFile | None = None
+    with agreement.together():
+        classifier = load_classifier(config.model, flip=config.flip or None)
+        sha256 = state_sha256(classifier.state_dict())
+        images = read_images(config, classifier)
+        chosen = list(range(0, len(images), config.skip))[: config.count or None]
+        settings = identity(config, classifier, sha256, images, device.type)
+        if rank == 0:
+            folder = RunFolder(out, fresh=False)
+            resources.callback(folder.close)
+            folder.write_config(config)
+            folder.write_environment(accelerator)
+            file = CertificateFile(out, settings, config.name or config.model)
+    agreement.same(settings, "classifier, images or kinds of device")
+    done = set(agreement.share(None if file is None else [*file.rows]))
+    todo = [number for number in chosen if number not in done]
+    # Several images at once where a batch has room for the copies that select their classes, up to ten batches in all,
+    # as what is in flight is lost when a run is stopped. The same for any number of processes.
+    batch_size = config.batch_size or default_batch_size(images.images[:1].to(device))
+    first_copies = config.n0 if config.mode == "certify" else config.n
+    at_once = max(1, min(batch_size // first_copies, 10 * batch_size // (config.n0 + config.n)))
+    groups = [todo[first : first + at_once] for first in range(0, len(todo), at_once)]
+    log.info("model    %s: %d px, %d classes", classifier.name, classifier.image_size, classifier.num_classes)
+    log.info("images   %s: %d of %d, %d to do", images.name, len(chosen), len(images), len(todo))
+    copies = f"n0 {config.n0}, n {config.n}" if config.mode == "certify" else f"n {config.n}"
+    log.info("noise    sigma %g, %s, alpha %g; %d copies at a time", config.sigma, copies, config.alpha, batch_size)
+    if config.mode == "certify":
+        largest = certified_radius(lower_confidence_bound(config.n, config.n, config.alpha), config.sigma)
+        log.info("radii    up to %.3f: what a unanimous vote of n copies gives", largest)
+    log.info("device   %s, network in %s, %d processes", device, config.precision, world)
+
+    # --- Images: a group for each process, then what is ready is written ----------------------------------------------
+    def between() -> None:
+        if signals.received:
+            raise Interrupted
+
+    steps = -(-len(groups) // world)
+    progress = Progress(0, steps, at_once * world, shown=rank == 0)
+    resources.enter_context(contextlib.closing(progress))
+    ready, last_line = len(chosen) - len(todo), time.monotonic()
+    with smoothing(classifier.to(device), device, precision=config.precision, compile=config.compile) as network:
+        for step in range(steps):
+            failure: Exception | None = None
+            rows: list[Row] = []
+            try:
+                if step * world + rank < len(groups):
+                    rows = answer(network, images, groups[step * world + rank], config, accelerator, between)
+            except ModelError as error:
+                failure = error
+            except Interrupted:
+                pass  # the images of this group are lost, no others
+            gathered: list[Row] = gather_object(rows)
+            ready += len(gathered)
+            with agreement.together():
+                if file is not None:
+                    file.add(gathered)
+            progress.step_done(step)
+            if rank == 0 and time.monotonic() - last_line > 10 and not progress.bar:
+                last_line, left = time.monotonic(), progress.rates()["seconds_left"]
+                log.info("step %d/%d  %d images%s", step + 1, steps, ready, f"  {left:.0f} s left" if left else "")
+            if stop := agreement.settle(failure, signals.received):
+                text = f"stopped by signal {stop}: {ready} of {len(chosen)} images are certified"
+                raise StopRequested(stop, f"{text}; the same command goes on with the others")
+
+    # --- Results ------------------------------------------------------------------------------------------------------
+    found: list[Row] = []
+    of_images: list[Row] = []
+    with agreement.together():
+        if folder is not None and file is not None:
+            of_images = [file.rows[number] for number in chosen]
+            facts = {
+                "model": config.name or config.model,
+                "data": config.data,
+                "certificates": file.path.name,
+                **{key: value for key, value in settings.items() if key not in ("n", "n0")},
+                "copies": config.n,
+                "config": dataclasses.asdict(config),
+                "device": str(device),
+            }
+            found = write_results(results(of_images, config), facts, folder)
+            if config.mode == "certify":
+                draw_curves(out, chosen, file.path)
+            show(found)
+            warn(found, classifier, config)
+    log.info("written  %s: results.jsonl, certificates/", out)
+    accelerator.end_training()
+    return {"rows": found, "images": of_images, "computed": len(todo)}
+
+
+def warn(found: Sequence[Mapping[str, Any]], classifier: Classifier, config: Config) -> None:
+    """A line where the smoothed classifier hardly knows more than chance."""
+    accuracy, high = found[0]["value"], found[0]["interval"][1]
+    if high < 2 / classifier.num_classes or (found[0]["n"] >= 20 and accuracy < 1.5 / classifier.num_classes):
+        log.warning(
+            "accuracy under noise of sigma %g is %.1f %%, near chance: was the classifier trained with such noise, on "
+            "pixels in [0, 1], and are its classes in the order of the data?",
+            config.sigma,
+            100 * accuracy,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__.splitlines()[0], "certify_demo.yaml")

@@ -1,0 +1,234 @@
+"""Certification timed beside the published loop: what `eval/throughput.py certify` runs.
+
+Apart from the script, which only reads the command line and has other measurements. One image is certified, n0 copies
+and then n, by turns within each round, by
+
+    original, batch B              `Smooth.certify` of locuslab/smoothing (Cohen et al. 2019) and its normalising layer,
+                                   written out here operation by operation, with each batch size B; its best one counts
+    ours                           attacks/smoothing.py as it comes, float32
+    ours, compiled                 by torch.compile, whose own time is not in it
+    ours, bf16; bf16, compiled     and in bfloat16, where the processor or the GPU multiplies it
+
+after a check that both networks say the same about the same noisy copies. Weights are random, batch norm's statistics
+those of one noisy batch: speed depends on shapes, not on values.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data import DataError
+from eval.attacking import clock, multiplies_bf16
+from eval.common import check_outputs, print_table, spread
+from eval.operations import device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from attacks.pgd import Network, Precision
+    from models.classifiers import Classifier
+
+OURS, COMPILED, BF16, BF16_COMPILED = "ours", "ours, compiled", "ours, bf16", "ours, bf16, compiled"
+SIGMA, ALPHA = 0.25, 0.001
+AGREE = {"fp32": 0.97, "bf16": 0.7}  # share of noisy copies that both networks have to say the same about
+# Lower bound of the original's time at its best batch size over ours.
+TARGETS = {("cpu", "cifar_resnet20", OURS): 1.5, ("cpu", "cifar_resnet20", COMPILED): 1.5}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure; `eval/throughput.py certify --help` says it in words."""
+
+    device: str = "cuda"
+    model: str = "cifar_resnet20"
+    n0: int = 100
+    n: int = 1000
+    batch_sizes: tuple[int, ...] = (50, 100, 200)
+    bf16: str = "auto"
+    compile: bool = True
+    rounds: int = 5
+    rows: str = "runs/benchmarks.jsonl"
+
+
+class NormalizeLayer:
+    """The original's: mean and standard deviation laid out anew for each batch."""
+
+    def __init__(self, means: Tensor, sds: Tensor) -> None:
+        self.means, self.sds = means, sds
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        means = self.means.repeat((count, height, width, 1)).permute(0, 3, 1, 2)
+        sds = self.sds.repeat((count, height, width, 1)).permute(0, 3, 1, 2)
+        return (images - means) / sds
+
+
+class Original:
+    """`Smooth` of the original code, without its Clopper-Pearson bound: class and votes of one image [C, H, W]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.normalize = NormalizeLayer(classifier.mean.flatten(), classifier.std.flatten())
+        self.net: nn.Module = classifier.net
+        self.num_classes = classifier.num_classes
+
+    def base_classifier(self, images: Tensor) -> Tensor:
+        """Logits of noisy images."""
+        return self.net(self.normalize(images))
+
+    def certify(self, image: Tensor, n0: int, n: int, batch_size: int) -> tuple[int, int]:
+        """The class and its votes."""
+        self.net.eval()
+        counts0 = self._sample_noise(image, n0, batch_size)
+        selected = counts0.argmax().item()
+        counts = self._sample_noise(image, n, batch_size)
+        return selected, counts[selected].item()
+
+    def _sample_noise(self, image: Tensor, num: int, batch_size: int) -> Any:
+        import numpy as np
+        import torch
+
+        with torch.no_grad():
+            counts = np.zeros(self.num_classes, dtype=int)
+            for _ in range(math.ceil(num / batch_size)):
+                this_batch_size = min(batch_size, num)
+                num -= this_batch_size
+                batch = image.repeat((this_batch_size, 1, 1, 1))
+                noise = torch.randn_like(batch) * SIGMA
+                predictions = self.base_classifier(batch + noise).argmax(1)
+                for predicted in predictions.cpu().numpy():
+                    counts[predicted] += 1
+            return counts
+
+
+def main(config: Config) -> list[dict[str, Any]]:
+    """Runs the measurement, prints it, writes rows and returns them.
+
+    Raises DataError without the device, for a path that cannot be written, and where the networks differ.
+    """
+    import torch
+
+    from data.rows import append_row
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("no CUDA device here; --device cpu measures one thread")
+    check_outputs(config.rows, "")
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    try:
+        found = measure(config)
+    finally:
+        torch.set_flush_denormal(False)
+    about = {**device(config.device), "config": asdict(config)}
+    rows = [append_row(Path(config.rows), **row, **about) for row in found]
+    report(rows)
+    return rows
+
+
+def build(name: str, kind: str) -> tuple[Classifier, Tensor]:
+    """A classifier on the device, and an image [C, S, S]."""
+    import torch
+    from torch import nn
+
+    from models.classifiers import load_classifier
+
+    torch.manual_seed(0)
+    classifier = load_classifier(name, weights=False).to(kind)
+    image = torch.rand(classifier.channels, classifier.image_size, classifier.image_size, device=kind)
+    for part in classifier.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1.0
+    with torch.no_grad():
+        classifier.train()(image + SIGMA * torch.randn(100, *image.shape, device=kind))
+    return classifier.eval(), image
+
+
+def check(original: Original, network: Network, image: Tensor, least: float) -> None:
+    """Raises DataError unless both networks say the same about the same noisy copies."""
+    import torch
+
+    noisy = image + SIGMA * torch.randn(100, *image.shape, device=image.device)
+    same = float((network(noisy).argmax(1) == original.base_classifier(noisy).argmax(1)).float().mean())
+    if same < least:
+        raise DataError(f"the networks agree on {100 * same:.0f} % of the noisy copies: not timed")
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+    """Times of everybody by turns, ratios within rounds: rows without provenance."""
+    from attacks.smoothing import GaussianNoise, certify, smoothing
+
+    classifier, image = build(config.model, config.device)
+    original = Original(classifier)
+    competing: dict[str, tuple[Precision, bool]] = {OURS: ("fp32", False), COMPILED: ("fp32", True)}
+    if config.bf16 == "yes" or (config.bf16 == "auto" and (config.device == "cuda" or multiplies_bf16())):
+        competing |= {BF16: ("bf16", False), BF16_COMPILED: ("bf16", True)}
+    competing = {name: kind for name, kind in competing.items() if config.compile or not kind[1]}
+    ways: dict[str, Callable[[], object]] = {
+        f"original, batch {size}": partial(original.certify, image, config.n0, config.n, size)
+        for size in config.batch_sizes
+    }
+
+    kept: dict[str, Network] = {}  # compiled once, as in a run over many images
+    for name, (precision, compiled) in competing.items():
+        with smoothing(classifier, image.device, precision=precision, compile=compiled) as network:
+            check(original, network, image, AGREE[precision])
+            if compiled:
+                kept[name] = network
+
+    def ours(name: str) -> None:
+        with smoothing(classifier, image.device, precision=competing[name][0]) as fresh:
+            noise = GaussianNoise(0, [0], image.device)
+            network = kept.get(name, fresh)
+            certify(network, image[None], noise, sigma=SIGMA, n0=config.n0, n=config.n, alpha=ALPHA)
+
+    ways |= {name: partial(ours, name) for name in competing}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(config.rounds + 1):
+        for name in random.Random(turn).sample(list(ways), len(ways)):
+            started = clock(config.device)
+            ways[name]()
+            if turn:  # the first warms caches and allocators
+                seconds[name].append(clock(config.device) - started)
+    common = {
+        "model": config.model,
+        "n0": config.n0,
+        "n_copies": config.n,
+        "clock": "cpu" if config.device == "cpu" else "wall",
+    }
+    rows = []
+    for name in ways:
+        value = spread(seconds[name])
+        rows.append(
+            {"metric": "seconds for each certified image", "value": value.median, "p20": value.p20, "p80": value.p80}
+            | {"n": value.n, "competitor": name, "against": "", **common}
+        )
+    best = min((name for name in ways if name not in competing), key=lambda name: spread(seconds[name]).median)
+    for name in competing:
+        value = spread([a / b for a, b in zip(seconds[best], seconds[name], strict=True)])
+        row = {"metric": "speed-up", "value": value.median, "p20": value.p20, "p80": value.p80, "n": value.n}
+        row |= {"competitor": name, "against": best, **common}
+        if (must := TARGETS.get((config.device, config.model, name))) is not None:
+            row |= {"must": must, "verdict": "must" if value.median >= must else "missed"}
+        rows.append(row)
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Prints seconds and ratios."""
+    from eval.common import Spread
+
+    lines = [
+        [
+            f"{row['metric']}, {row['competitor']}" + (f" against {row['against']}" if row["against"] else ""),
+            str(Spread(row["value"], row["p20"], row["p80"], row["n"])),
+            f"at least {row['must']}: {row['verdict']}" if "must" in row else "",
+        ]
+        for row in rows
+    ]
+    print_table([f"{rows[0]['model']}, n0 {rows[0]['n0']}, n {rows[0]['n_copies']}", "median (p20-p80)", ""], lines)
