@@ -7,6 +7,7 @@
     python eval/throughput.py scaling --processes 1,2,4,8 --figure scaling.png                          eight GPUs
     python eval/throughput.py attack --figure attack.png                        some minutes on one GPU
     python eval/throughput.py attack --device cpu                               four minutes on one CPU core
+    python eval/throughput.py certify --device cpu                              three minutes on one CPU core
     python eval/throughput.py forecast --images_per_second 4500                 at once; a model of 8, 64, 512 GPUs
     python eval/throughput.py probe --figure probe.png                          about a minute on one GPU
     python eval/throughput.py probe --device cpu --heads 48 --precision fp32    ten minutes on one CPU core
@@ -36,7 +37,9 @@ measured rate of matrix products the step reaches (MFU), how long the device wai
 beside the backward pass, the vote before each step. `forecast` computes from such figures what 8, 64 and 512 GPUs need.
 
 `attack` compares PGD of several steps (attacks/pgd.py) with the loops of torchattacks and of the SmoothAdv code, after
-checking that all make the same attack; eval/attacking.py says how.
+checking that all make the same attack; eval/attacking.py says how. `certify` compares randomised smoothing
+(attacks/smoothing.py) with the original's loop at several batch sizes, on one image, after checking that both networks
+say the same about noisy copies; eval/certifying.py says how.
 
 `probe` compares a grid of linear heads trained at once (train/heads.py) with the same heads trained one after the other
 from the same cached features, with torch.optim.AdamW as it is by default and fused, after checking that both give the
@@ -59,7 +62,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import attacking, forecast, loading, operations, scaling, stepping, sweep
+from eval import attacking, certifying, forecast, loading, operations, scaling, stepping, sweep
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
@@ -79,6 +82,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands.add_subcommand("kernels", _kernels())
     commands.add_subcommand("probe", _probe())
     commands.add_subcommand("attack", _attack())
+    commands.add_subcommand("certify", _certify())
     commands.add_subcommand("step", _step())
     commands.add_subcommand("scaling", _scaling())
     commands.add_subcommand("forecast", _forecast())
@@ -167,6 +171,20 @@ def _attack() -> Parser:
     return command
 
 
+def _certify() -> Parser:
+    command, add = _command("Certification of an image against the loop of Cohen et al.", certifying.Config())
+    add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
+    add("model", Literal["cifar_resnet20", "cifar_resnet110", "cifar_resnet18"], "network; weights are random")
+    add("n0", PositiveInt, "noisy copies that select the class")
+    add("n", PositiveInt, "noisy copies that are counted")
+    command.add_argument("--batch_sizes", type=Counts, default="50,100,200", help="of the original's loop")
+    add("bf16", Literal["auto", "yes", "no"], "whether bf16 takes part (auto: where the processor multiplies it)")
+    add("compile", bool, "whether torch.compile takes part")
+    add("rounds", PositiveInt, "runs of each competitor, in turns")
+    add("rows", str, "file that the results are appended to")
+    return command
+
+
 def _step() -> Parser:
     command, add = _command("A whole step of distillation against the published one.", stepping.Config())
     add("teacher", str, "teacher architecture; weights are random, speed does not depend on them")
@@ -242,6 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> object:
     if parsed.subcommand == "attack":
         models, attacks = (tuple(dict.fromkeys(options.pop(name).split(","))) for name in ("models", "attacks"))
         return attacking.main(attacking.Config(models=models, attacks=attacks, **options))
+    if parsed.subcommand == "certify":
+        sizes = tuple(sorted({int(size) for size in options.pop("batch_sizes").split(",")}))
+        return certifying.main(certifying.Config(batch_sizes=sizes, **options))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 
