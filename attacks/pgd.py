@@ -221,6 +221,7 @@ def pgd(
     targeted: bool = False,
     noise: Tensor | None = None,
     gradient_free: bool = False,
+    start: Tensor | None = None,
     random_start: bool = False,
     restarts: int = 1,
     zero_gradient: ZeroGradient = "rest",
@@ -246,6 +247,7 @@ def pgd(
         targeted: labels are targets: the loss is to shrink.
         noise: [m·B, ...], added to what the model sees (pixels then leave [0, 1]); row i·m + j is copy j of image i.
         gradient_free: see the top of the file; for `cross_entropy`, with noise.
+        start: the first iterate, like images; None for the images themselves.
         random_start: start from `draw_from_ball` with `generator` (of the images' device; None: the global one).
         restarts: how many attacks, each from its own random start. With more than one, each image comes back at its
             worst: of all ends and the clean image itself those that the model gets wrong (targeted: takes for the
@@ -263,7 +265,8 @@ def pgd(
 
     Raises:
         ValueError: what `check_batch`, `prepared`, `pgd_step` and `under_attack` refuse; steps negative, losses that do
-            not fit the images, several restarts without a random start, gradient_free without noise or with a loss.
+            not fit the images, several restarts without a random start, one beside `start`, gradient_free without noise
+            or with a loss.
     """
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
@@ -271,6 +274,8 @@ def pgd(
         raise ValueError(f"steps must be at least 0, not {steps}")
     if restarts < 1 or (restarts > 1 and not random_start):
         raise ValueError(f"restarts must be 1, or more with random_start: not {restarts}")
+    if start is not None and (random_start or start.shape != images.shape):
+        raise ValueError(f"start {tuple(start.shape)} must be like images {tuple(images.shape)}, without random_start")
     if zero_gradient not in ("rest", "randn"):
         raise ValueError(f"zero_gradient must be 'rest' or 'randn', not {zero_gradient!r}")
     if gradient_free and (noise is None or loss is not cross_entropy):
@@ -287,6 +292,8 @@ def pgd(
         def attack() -> tuple[Tensor, Tensor]:
             """The last iterate, and what the model sees of it."""
             adv = draw_from_ball(clean, eps, norm, generator) if random_start else clean.clone()
+            if start is not None:
+                adv.copy_(start)
             seen = noisy(adv, noise)
             for _ in range(steps):
                 if gradient_free:

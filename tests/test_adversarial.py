@@ -285,7 +285,7 @@ def test_perturbing_restores_the_mode_and_gives_no_gradient_to_weights() -> None
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     modes = [module.training for module in net.modules()]
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    moved = robust.perturb(net, images, torch.arange(4), 0.5, None, torch.Generator(), config)
+    moved = robust.perturb(net, images, torch.arange(4), 0.5, None, None, config)
     assert (moved - images).flatten(1).norm(dim=1) == pytest.approx(torch.full((4,), 0.5), rel=1e-3)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
@@ -309,7 +309,7 @@ def test_nearest_in_plain_pixels_is_the_constrained_attack_on_flipped_data() -> 
     net = initial("lenet", flip=True).eval()
     images = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()  # on the edge of the box
     labels = torch.arange(6)
-    moved = robust.perturb(net, images, labels, 2.0, None, torch.Generator(), config)
+    moved = robust.perturb(net, images, labels, 2.0, None, None, config)
     # By hand, in the flipped domain: a gradient step, then Dykstra's algorithm between the ball and the flipped box.
     bare = initial("lenet").eval()
     start = dct.flip((images - 0.1307) / 0.3081).double()
@@ -512,10 +512,11 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_one_process_goes_on(
 
 @pytest.mark.timeout(200)
 def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Noise, attack, crops, mirror images, weights of extra images, evaluation: as with one process."""
+    """Noise, random starts, crops, mirror images, weights of extra images, evaluation: as with one process."""
     folder = tmp_path / "extra"
     write_digits(folder, 32, "train", 5)
     settings |= {"pad": 2, "mirror": True, "extra": f"mnist:{folder}", "extra_weight": 0.5, "eval_count": 24}
+    settings |= {"random_start": True}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
     ranks.run_two(main, Config(**two), tmp_path)

@@ -369,6 +369,16 @@ def test_an_attack_starts_where_its_generator_says() -> None:
     assert not torch.equal(first, second)  # the global generator went on
 
 
+def test_an_attack_goes_on_from_the_start_that_it_is_given() -> None:
+    net, (images, labels) = smooth_net(), example()
+    begin = draw_from_ball(images, LINF["eps"], "linf", torch.Generator().manual_seed(5))
+    kept = begin.clone()
+    given = pgd(net, images, labels, **LINF, start=begin)
+    drawn = pgd(net, images, labels, **LINF, random_start=True, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(given, drawn)
+    assert torch.equal(begin, kept)
+
+
 # --- Noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -834,6 +844,8 @@ def test_refused() -> None:
         ({"loss": F.cross_entropy}, r"the loss has shape \(\): an attack needs that of each image, \[4\]"),
         ({"restarts": 0, "random_start": True}, "restarts must be 1, or more with random_start: not 0"),
         ({"restarts": 2}, "restarts must be 1, or more with random_start: not 2"),
+        ({"start": images[:2]}, r"start \(2, 3, 8, 8\) must be like images \(4, 3, 8, 8\), without random_start"),
+        ({"start": images, "random_start": True}, "without random_start"),
         ({"restarts": 2, "random_start": True, "labels": labels[:, None]}, r"labels \(4, 1\) must be classes \[4\]"),
         ({"noise": images[:3]}, r"noise \(3, 3, 8, 8\) does not fit images \(4, 3, 8, 8\): expected m copies"),
         ({"noise": images.repeat(2, 1, 1, 1)[:7]}, r"noise \(7, 3, 8, 8\) does not fit"),

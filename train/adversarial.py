@@ -268,7 +268,6 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     agreement.same((here, start), "images or weights")
     total = loop.count_steps(config, stream.steps_per_epoch, first)
     noises = robust.Noise(config, here["streams"], agreement, device)
-    generator = torch.Generator(device)  # of random starts
     row_weights = None if data.weights is None else data.weights.to(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     log.info("data     %s: %d images, %d steps an epoch", config.data, stream.num_samples, stream.steps_per_epoch)
@@ -330,8 +329,8 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         noise = noises.draw(step, images)
         if config.attack != "none":
             eps = eps_at(epoch, config.radius, config.eps_warmup)
-            generator.manual_seed(step_seed(config.seed, step, -1 << 32 | rank))
-            images = robust.perturb(classifier, images, labels, eps, noise, generator, config)
+            begin = noises.start(step, images, eps, config.norm) if config.random_start else None
+            images = robust.perturb(classifier, images, labels, eps, noise, begin, config)
         # Each image weighs 1/batch_size even where unusable samples left a batch short.
         share = len(images) / local_rows
         if config.copies > 1:

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks.pgd import pgd
+from attacks.pgd import Norm, draw_from_ball, pgd
 from data import DataError
 from data.augment import SampleDraws, low_pass, mirror, pixel_statistics, random_crop
 from data.demo import demo_shards
@@ -235,7 +235,7 @@ def open_memory(
 
 
 class Noise:
-    """Gaussian noise of optimiser steps: the same however many processes share a batch, and after every restart.
+    """Gaussian noise and starts of attacks, step by step: the same for all numbers of processes and after restarts.
 
     The rows of a batch are cut into `parts`, a multiple of the number of processes; each part of each step has a
     generator of its own.
@@ -261,6 +261,15 @@ class Noise:
             self._generator.manual_seed(step_seed(self._seed, step, -1 - part))
             piece.normal_(0, self._sigma, generator=self._generator)
         return noise[: len(images)].flatten(0, 1)
+
+    def start(self, step: int, images: Tensor, eps: float, norm: Norm) -> Tensor:
+        """Points like images [n, C, S, S], drawn from the balls around them."""
+        starts = []
+        pieces = images.split(self._rows)  # fewer than parts where rows were lost
+        for part, piece in zip(self._parts, pieces, strict=False):
+            self._generator.manual_seed(step_seed(self._seed, step, -1 - (1 << 32) - part))
+            starts.append(draw_from_ball(piece, eps, norm, self._generator))
+        return torch.cat(starts)
 
 
 def augment(images: Tensor, index: Tensor, config: Any, epoch: int) -> Tensor:
@@ -289,7 +298,7 @@ def perturb(
     labels: Tensor,
     eps: float,
     noise: Tensor | None,
-    generator: torch.Generator,
+    start: Tensor | None,
     config: Any,
 ) -> Tensor:
     """The images of a step [n, C, S, S], moved by its attack; a new tensor without a graph.
@@ -310,8 +319,7 @@ def perturb(
         order=config.order,
         noise=noise,
         gradient_free=config.attack == "smoothadv_gradient_free",
-        random_start=config.random_start,
-        generator=generator,
+        start=start,
         precision=config.attack_precision,
         check_images=False,  # they come from uint8
     )
