@@ -40,18 +40,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data import DataError
 from data.rows import write_synced
-from eval.common import print_table
+from eval.common import check_classes, print_table
 from train.common import ConfigError, RunFolder, check_numbers, option, run_script
 from train.launching import Agreement, StopSignals, start_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from data.small import ImageSet
     from eval.robust_accuracy import Check, Point
-    from models.classifiers import Classifier
 
 ATTACKS = ("pgd", "apgd_ce", "apgd_t", "square", "ensemble")
 log = logging.getLogger("shiftlens")
@@ -114,20 +111,6 @@ class Config:
                 f"--eps {self.eps}: pixels lie in [0, 1], so that no L∞ radius beyond 1 has a meaning; 8/255?"
             )
         return sorted(found)
-
-
-def check_classes(classifier: Classifier, data: ImageSet) -> None:
-    """Raises DataError if the data have labels that are not the classifier's."""
-    if len(data.classes) > classifier.num_classes or int(data.labels.max()) >= classifier.num_classes:
-        raise DataError(
-            f"{data.name} has {len(data.classes)} classes, {classifier.name} gives {classifier.num_classes} logits"
-        )
-    for place, (ours, theirs) in enumerate(zip(classifier.classes or (), data.classes, strict=False)):
-        if ours != theirs:
-            raise DataError(
-                f"class {place} of {classifier.name} is {ours!r}, of {data.name} {theirs!r}; robust accuracy would be "
-                "that of another labelling"
-            )
 
 
 def show(points: Sequence[Point], checks: Sequence[Check], norm: str) -> None:

@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: errors in one line, spread of repeated measurements, tables."""
+"""What the evaluation scripts share: errors in one line, checks, spread of repeated measurements, tables."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from models import ModelError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from data.small import ImageSet
+    from models.classifiers import Classifier
 
 
 def run_script(main: Callable[[], object]) -> NoReturn:
@@ -50,6 +53,20 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(values[0], values[0], values[0], 1)
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Spread(statistics.median(values), fifths[0], fifths[3], len(values))
+
+
+def check_classes(classifier: Classifier, data: ImageSet) -> None:
+    """Raises DataError if the data have labels that are not the classifier's."""
+    if len(data.classes) != classifier.num_classes or not 0 <= int(data.labels.max()) < classifier.num_classes:
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes, {classifier.name} gives {classifier.num_classes} logits"
+        )
+    for place, (ours, theirs) in enumerate(zip(classifier.classes or (), data.classes, strict=False)):
+        if ours != theirs:
+            raise DataError(
+                f"class {place} of {classifier.name} is {ours!r}, of {data.name} {theirs!r}: accuracy would be that of "
+                "another labelling"
+            )
 
 
 def check_outputs(rows: str, figure: str) -> None:

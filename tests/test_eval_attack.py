@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attacks.ensemble import STAGES, Budget, right, search
 from data import DataError
 from data.small import ImageSet, load_images
-from eval.attack import Config, check_classes, main
+from eval.attack import Config, main
+from eval.common import check_classes
 from eval.robust_accuracy import (
     CLEAN,
     ENSEMBLE,
