@@ -12,9 +12,9 @@ demo: .venv/installed
 	$(LAUNCH) eval/shifts.py
 	$(BIN)/python eval/report.py
 
-# One worker for each CPU, each with about 1 GB; tests that start processes of their own fill what is left of eight.
+# A worker for each CPU, each with about 1 GB, and one more, as some tests mostly wait.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(expr $$(nproc) + 1) --maxprocesses 8 --dist worksteal tests
 
 check: .venv/tested
 	$(BIN)/ruff check .

@@ -207,7 +207,9 @@ class _Batches:
         if planned is None or self._reader is None:
             return None
         images = np.empty(self._image_shape, dtype=np.uint8)
-        part = self._reader.fill(*planned, torch.from_numpy(images))
+        with torch.inference_mode(False):  # the thread that fills them is not in the caller's inference mode
+            rows = torch.from_numpy(images)
+        part = self._reader.fill(*planned, rows)
         self._accounts.add(planned, part)
         return _batch(part, images if part.present.all() else images[part.present])
 
