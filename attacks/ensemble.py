@@ -15,6 +15,7 @@ Whatever precision an attack runs in, whether its images fool the model is asked
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +86,14 @@ def search(
         )
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, not {stage!r}")
-    options = {"norm": norm, "eps": eps, "generator": generator, "precision": precision, "check_images": check_images}
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "generator": generator, "precision": precision}
+    options["check_images"] = check_images
     if stage == "square":
-        return square(model, images, labels, queries=budget.queries, **options).images  # type: ignore[arg-type]
+        return square(model, images, labels, queries=budget.queries, **options).images
     options["steps"] = budget.steps
     if stage == "apgd_ce":
-        return apgd(model, images, labels, **options).images  # type: ignore[arg-type]
-    return apgd_targeted(model, images, labels, targets=budget.targets, **options).images  # type: ignore[arg-type]
+        return apgd(model, images, labels, **options).images
+    return apgd_targeted(model, images, labels, targets=budget.targets, **options).images
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -153,22 +153,18 @@ def smoothing(
 ) -> Iterator[Network]:
     """The model as a function of noisy images, for the functions below: `under_attack` without gradients.
 
-    compile: by torch.compile, which takes some seconds to minutes at the first batch and saves a third of the time or
-        more: on a CPU its weights are laid out for each convolution once and for all.
+    compile: by torch.compile, which takes some seconds to minutes at the first batch; docs/performance.md has what it
+        saves.
     """
     with under_attack(model, device, precision=precision) as network, torch.inference_mode():
-        yield _Compiled(network, frozen=device.type == "cpu") if compile else network
+        yield _Compiled(network) if compile else network
 
 
 class _Compiled:
-    """A compiled network. Each size of a batch is compiled anew, so smaller ones are filled up to one that is known.
+    """A compiled network. Each size of a batch is compiled anew, so smaller ones are filled up to one that is known."""
 
-    frozen: its weights become constants, which is faster where the compiler then packs them and joins convolutions with
-    what follows.
-    """
-
-    def __init__(self, network: Network, *, frozen: bool = False) -> None:
-        self._network: Network = torch.compile(network, dynamic=False, options={"freezing": frozen})
+    def __init__(self, network: Network) -> None:
+        self._network: Network = torch.compile(network, dynamic=False)
         self._sizes: set[int] = set()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -327,8 +323,8 @@ def certify(
         ValueError: what `check_settings` and `count_votes` refuse.
     """
     check_settings("certify", sigma, n0, n, alpha)
-    options = {"batch_size": batch_size, "between": between}
-    counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"batch_size": batch_size, "between": between}
+    counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), **options)
     selected = counts0.argmax(axis=1)
     kept = np.arange(len(images)) if labels is None else np.flatnonzero(selected == np.asarray(labels))
     counts, classes, radii = np.zeros_like(counts0), np.full(len(images), ABSTAIN), np.zeros(len(images))
@@ -338,7 +334,7 @@ def certify(
         def draw(place: int, out: Tensor) -> None:
             noise("estimation", int(kept[place]), out)
 
-        counts[kept] = count_votes(network, some, n, sigma, draw, **options)  # type: ignore[arg-type]
+        counts[kept] = count_votes(network, some, n, sigma, draw, **options)
         classes[kept], radii[kept] = certify_counts(counts0[kept], counts[kept], alpha, sigma)
     return Certificates(classes, radii, selected, counts0, counts)
 

@@ -80,7 +80,7 @@ class Config:
     skip_wrong: bool = option(False, "count no copies of images whose selected class is wrong (certify)")
     radii: list[float] = option([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25], "radii of the table")
     precision: Literal["fp32", "bf16"] = option("fp32", "of the network")
-    compile: bool = option(False, "torch.compile the network: minutes at first, then a sixth of the time less or more")
+    compile: bool = option(False, "torch.compile the network: seconds to minutes at first, then a little faster")
     batch_size: int = option(0, "noisy copies at a time through the network, per process; 0 = by device and image size")
     seed: int = option(0, "of the noise")
     out: str = option("runs/certify", "run folder")
