@@ -34,9 +34,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,6 +57,7 @@ from eval.attacking_report import (
 )
 from eval.common import Spread, check_outputs, spread
 from eval.operations import device
+from eval.turns import ratio, take_turns
 
 if TYPE_CHECKING:
     import torch
@@ -128,9 +127,8 @@ class Figure:
 
     def row(self) -> dict[str, Any]:
         """Its fields, without provenance."""
-        found = {"metric": self.metric, "value": self.value.median, **asdict(self.case)}
+        found = {"metric": self.metric, **self.value.fields(), **asdict(self.case)}
         found |= {"competitor": self.competitor, "against": self.against}
-        found |= {"p20": self.value.p20, "p80": self.value.p80, "n": self.value.n}
         if self.must is not None:
             reached = "must" if self.value.median >= self.must else "missed"
             if self.stretch is not None and self.value.median >= self.stretch:
@@ -420,18 +418,11 @@ def measure(case: Case, config: Config, count: Callable[[int], None]) -> list[Fi
     parts = steps_alone(case, model, images, labels, config)
     calls: dict[tuple[str, str], Callable[[], Any]] = {("attack", name): way for name, way in ways.items()}
     calls |= {("step", name): part for name, part in parts.items()}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    repeats = REPEATS[config.device]
     for part in parts.values():
         part()  # caches and allocators are warm now, as the check has run the attacks
     count(case.batch_size)
-    for turn in range(config.rounds):
-        for key in random.Random(turn).sample(list(calls), len(calls)):
-            started = clock(config.device)
-            for _ in range(repeats):
-                calls[key]()
-            seconds[key].append((clock(config.device) - started) / repeats)
-        count(case.batch_size)
+    repeats, between = REPEATS[config.device], partial(count, case.batch_size)
+    seconds = take_turns(calls, config.rounds, config.device, repeats=repeats, between=between)
 
     for name in ways:
         rates = [case.batch_size / found for found in seconds["attack", name]]
@@ -441,12 +432,12 @@ def measure(case: Case, config: Config, count: Callable[[int], None]) -> list[Fi
         for name in ways:
             if name in published:
                 continue
-            ratios = [a / b for a, b in zip(seconds["attack", against], seconds["attack", name], strict=True)]
+            gain = ratio(seconds["attack", against], seconds["attack", name])
             must, stretch = TARGETS.get((config.device, case.model, name, against), (None, None))
-            figures.append(Figure(case, "speed-up", spread(ratios), name, against, must, stretch))
+            figures.append(Figure(case, "speed-up", gain, name, against, must, stretch))
     for name in parts:
-        shares = [100 * a / b for a, b in zip(seconds["step", name], seconds["attack", name], strict=True)]
-        figures.append(Figure(case, "share of the steps, %", spread(shares), name))
+        percent = [100 * a / b for a, b in zip(seconds["step", name], seconds["attack", name], strict=True)]
+        figures.append(Figure(case, "share of the steps, %", spread(percent), name))
     return figures
 
 
@@ -495,13 +486,3 @@ def check(
             ):
                 figures.append(Figure(case, metric, spread([value]), name, "" if name == first else first))
     return figures
-
-
-def clock(kind: str) -> float:
-    """Seconds: of wall time once the GPU is done, or of this process's one thread, which other load stretches less."""
-    if kind == "cpu":
-        return time.process_time()
-    import torch
-
-    torch.cuda.synchronize()
-    return time.perf_counter()

@@ -41,7 +41,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print(f"PGD of {about['config']['steps']} steps; random weights: speed does not depend on them")
 
     def value(row: dict[str, Any] | None) -> str:
-        return "" if row is None else str(Spread(row["value"], row["p20"], row["p80"], row["n"]))
+        return "" if row is None else str(Spread.of(row))
 
     lines: list[tuple[str, ...]] = []
     shown = ""

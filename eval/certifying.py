@@ -16,7 +16,6 @@ those of one noisy batch: speed depends on shapes, not on values.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from eval.attacking import clock, multiplies_bf16
-from eval.common import check_outputs, print_table, spread
+from eval.attacking import multiplies_bf16
+from eval.common import check_outputs, spread
 from eval.operations import device
+from eval.turns import ratio, report, seconds_row, speed_up_row, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,7 +127,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         torch.set_flush_denormal(False)
     about = {**device(config.device), "config": asdict(config)}
     rows = [append_row(Path(config.rows), **row, **about) for row in found]
-    report(rows)
+    report(f"{config.model}, n0 {config.n0}, n {config.n}", rows)
     return rows
 
 
@@ -188,47 +188,18 @@ def measure(config: Config) -> list[dict[str, Any]]:
             certify(network, image[None], noise, sigma=SIGMA, n0=config.n0, n=config.n, alpha=ALPHA)
 
     ways |= {name: partial(ours, name) for name in competing}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(config.rounds + 1):
-        for name in random.Random(turn).sample(list(ways), len(ways)):
-            started = clock(config.device)
-            ways[name]()
-            if turn:  # the first warms caches and allocators
-                seconds[name].append(clock(config.device) - started)
+    for way in ways.values():
+        way()  # warms caches and allocators
+    seconds = take_turns(ways, config.rounds, config.device)
     common = {
         "model": config.model,
         "n0": config.n0,
         "n_copies": config.n,
         "clock": "cpu" if config.device == "cpu" else "wall",
     }
-    rows = []
-    for name in ways:
-        value = spread(seconds[name])
-        rows.append(
-            {"metric": "seconds for each certified image", "value": value.median, "p20": value.p20, "p80": value.p80}
-            | {"n": value.n, "competitor": name, "against": "", **common}
-        )
+    rows = [seconds_row("seconds for each certified image", seconds[name], name) for name in ways]
     best = min((name for name in ways if name not in competing), key=lambda name: spread(seconds[name]).median)
     for name in competing:
-        value = spread([a / b for a, b in zip(seconds[best], seconds[name], strict=True)])
-        row = {"metric": "speed-up", "value": value.median, "p20": value.p20, "p80": value.p80, "n": value.n}
-        row |= {"competitor": name, "against": best, **common}
-        if (must := TARGETS.get((config.device, config.model, name))) is not None:
-            row |= {"must": must, "verdict": "must" if value.median >= must else "missed"}
-        rows.append(row)
-    return rows
-
-
-def report(rows: list[dict[str, Any]]) -> None:
-    """Prints seconds and ratios."""
-    from eval.common import Spread
-
-    lines = [
-        [
-            f"{row['metric']}, {row['competitor']}" + (f" against {row['against']}" if row["against"] else ""),
-            str(Spread(row["value"], row["p20"], row["p80"], row["n"])),
-            f"at least {row['must']}: {row['verdict']}" if "must" in row else "",
-        ]
-        for row in rows
-    ]
-    print_table([f"{rows[0]['model']}, n0 {rows[0]['n0']}, n {rows[0]['n_copies']}", "median (p20-p80)", ""], lines)
+        must = TARGETS.get((config.device, config.model, name))
+        rows.append(speed_up_row(ratio(seconds[best], seconds[name]), name, best, must))
+    return [{**row, **common} for row in rows]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data import DataError
 from models import ModelError
@@ -41,6 +41,15 @@ class Spread:
     p20: float
     p80: float
     n: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Spread:
+        """The one that a row of results holds."""
+        return cls(row["value"], row["p20"], row["p80"], row["n"])
+
+    def fields(self) -> dict[str, Any]:
+        """As fields of a row."""
+        return {"value": self.median, "p20": self.p20, "p80": self.p80, "n": self.n}
 
     def __str__(self) -> str:
         digits = max(0, 3 - len(f"{abs(self.median):.0f}"))  # about three significant figures

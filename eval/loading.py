@@ -364,7 +364,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print(f"{about['processor']}, {about['cores']} cores, torch {about['versions']['torch']}, commit {about['commit']}")
     lines = []
     for row in rows:
-        value = Spread(row["value"], row["p20"], row["p80"], row["n"])
+        value = Spread.of(row)
         workers = "" if row["workers"] is None else str(row["workers"])
         lines.append((row["metric"], row["subject"], workers, str(value), str(row["n"])))
     print_table(("", "of", "workers", "median (p20-p80)", "n"), lines)

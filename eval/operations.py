@@ -179,7 +179,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         slower = slower_than_compiled(rows)
         print("\nSlower than torch.compile, so not to be the default there:" + ("" if slower else " none"))
         for found in slower:
-            ratio = Spread(found["value"], found["p20"], found["p80"], found["n"])
+            ratio = Spread.of(found)
             print(f"  {found['case']} {found['phase']}: {ratio} times as fast as {found['against']}")
     missing = [found for found in rows if found["metric"] in ("failed", "absent") and "verdict" not in found]
     for found in missing:
@@ -205,7 +205,7 @@ def times(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             products = "".join(speed(one) for one in beside if one["competitor"] == "products" and "over_floor" in one)
             extra = (one for one in beside if one["metric"] == "extra memory, MB" and one["competitor"] == "ours")
             memory = "".join(f"{one['value']:,.1f}" for one in extra)
-        value = Spread(found["value"], found["p20"], found["p80"], found["n"])
+        value = Spread.of(found)
         place = (found["case"], found["phase"], found["clock"])
         lines.append((*place, str(value), floor, rate, products, memory, ", ".join(ratios)))
     return lines

@@ -194,7 +194,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         f"{config['precision']}, {config['rounds']} starts of each"
     )
     lines = [
-        (row["metric"], str(row["processes"]), str(Spread(row["value"], row["p20"], row["p80"], row["n"])))
+        (row["metric"], str(row["processes"]), str(Spread.of(row)))
         for row in sorted(rows, key=lambda row: row["metric"])
     ]
     print_table(("", "processes", "median (p20-p80)"), lines)

@@ -94,9 +94,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     rows = []
     for figure in figures:
         must, stretch = figure.targets(config)
-        fields = {"subject": figure.subject, "images": figure.images, "must": must, "stretch": stretch}
-        fields |= {"p20": figure.value.p20, "p80": figure.value.p80, "n": figure.value.n}
-        rows.append(append_row(Path(config.rows), metric=figure.metric, value=figure.value.median, **fields, **about))
+        fields: dict[str, Any] = {"subject": figure.subject, "images": figure.images, "must": must, "stretch": stretch}
+        rows.append(append_row(Path(config.rows), metric=figure.metric, **fields, **figure.value.fields(), **about))
     report(rows)
     if config.figure:
         draw(rows, config.figure)

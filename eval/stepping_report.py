@@ -59,7 +59,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
             row["metric"],
             row["subject"],
             row["images"],
-            str(Spread(row["value"], row["p20"], row["p80"], row["n"])),
+            str(Spread.of(row)),
             verdict(row),
         )
         for row in rows

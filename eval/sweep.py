@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from eval.common import Spread, check_outputs, print_table, save_figure, spread
 from eval.operations import device
+from eval.turns import ratio, take_turns
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     rows = []
     for figure in figures:
         fields = {name: value for name, value in asdict(figure).items() if name not in ("metric", "value")}
-        fields |= {"p20": figure.value.p20, "p80": figure.value.p80, "n": figure.value.n}
-        rows.append(append_row(Path(config.rows), metric=figure.metric, value=figure.value.median, **fields, **about))
+        rows.append(append_row(Path(config.rows), metric=figure.metric, **fields, **figure.value.fields(), **about))
     report(rows)
     if config.figure:
         draw(rows, config.figure)
@@ -233,13 +232,9 @@ def measure_grid(data: Features, heads: int, precision: str, config: Config) -> 
     }
     ways["ours"] = partial(ours, data, points, arithmetic, config)
     check(data, points, dataclasses.replace(arithmetic, autocast=None), config)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(config.rounds + 1):
-        for name in random.Random(turn).sample(list(ways), len(ways)):
-            started = clock(config.device)
-            ways[name]()
-            if turn:  # the first round warms caches and allocators
-                seconds[name].append(clock(config.device) - started)
+    for way in ways.values():
+        way()  # warms caches and allocators
+    seconds = take_turns(ways, config.rounds, config.device)
     about: dict[str, Any] = {"heads": heads, "precision": precision}
     steps = heads * config.steps
     figures = [
@@ -247,7 +242,7 @@ def measure_grid(data: Features, heads: int, precision: str, config: Config) -> 
         for name, found in seconds.items()
     ]
     for name in LOOPS:
-        ratios = spread([loop / grid for loop, grid in zip(seconds[name], seconds["ours"], strict=True)])
+        ratios = ratio(seconds[name], seconds["ours"])
         target = TARGETS.get((config.device, heads), 1.0 if config.device == "cpu" else None)
         figures.append(Figure("loop / ours", ratios, competitor=name, target=target, **about))
     work = 4 * config.batch_size * config.width * config.classes * heads * config.steps
@@ -263,16 +258,6 @@ def check(data: Features, points: Sequence[Point], arithmetic: Arithmetic, confi
     )
     if not error <= AGREEMENT:
         raise DataError(f"heads of the grid differ from those trained alone by {error:.1e}: nothing was timed")
-
-
-def clock(kind: str) -> float:
-    """Seconds: of wall time once the GPU is done, or of this process's one thread, which other load stretches less."""
-    if kind == "cpu":
-        return time.process_time()
-    import torch
-
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------- the cache
@@ -327,7 +312,7 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
     print(f"{config['width']} features, {config['classes']} classes, batches of {config['batch_size']}")
     lines, others = [], []
     for row in rows:
-        value = str(Spread(row["value"], row["p20"], row["p80"], row["n"]))
+        value = str(Spread.of(row))
         if row["heads"] is None:
             others.append((row["metric"], value, str(row["n"])))
             continue

@@ -8,6 +8,7 @@
     python eval/throughput.py attack --figure attack.png                        some minutes on one GPU
     python eval/throughput.py attack --device cpu                               four minutes on one CPU core
     python eval/throughput.py certify --device cpu                              three minutes on one CPU core
+    python eval/throughput.py visualize --device cpu                            six minutes on one CPU core
     python eval/throughput.py forecast --images_per_second 4500                 at once; a model of 8, 64, 512 GPUs
     python eval/throughput.py probe --figure probe.png                          about a minute on one GPU
     python eval/throughput.py probe --device cpu --heads 48 --precision fp32    ten minutes on one CPU core
@@ -39,7 +40,8 @@ beside the backward pass, the vote before each step. `forecast` computes from su
 `attack` compares PGD of several steps (attacks/pgd.py) with the loops of torchattacks and of the SmoothAdv code, after
 checking that all make the same attack; eval/attacking.py says how. `certify` compares randomised smoothing
 (attacks/smoothing.py) with the original's loop at several batch sizes, on one image, after checking that both networks
-say the same about noisy copies; eval/certifying.py says how.
+say the same about noisy copies; eval/certifying.py says how. `visualize` compares the search for the images of 64
+channels (eval/activation.py) with the published one, channel by channel; eval/visualizing.py says how.
 
 `probe` compares a grid of linear heads trained at once (train/heads.py) with the same heads trained one after the other
 from the same cached features, with torch.optim.AdamW as it is by default and fused, after checking that both give the
@@ -62,7 +64,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 
 from data.command import Parser
-from eval import attacking, certifying, forecast, loading, operations, scaling, stepping, sweep
+from eval import attacking, certifying, forecast, loading, operations, scaling, stepping, sweep, visualizing
 from eval.common import run_script
 
 WorkerCounts = restricted_string_type("WorkerCounts", r"^[0-9]+(,[0-9]+)*$", "numbers such as 0,1,2")
@@ -83,6 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     commands.add_subcommand("probe", _probe())
     commands.add_subcommand("attack", _attack())
     commands.add_subcommand("certify", _certify())
+    commands.add_subcommand("visualize", _visualize())
     commands.add_subcommand("step", _step())
     commands.add_subcommand("scaling", _scaling())
     commands.add_subcommand("forecast", _forecast())
@@ -185,6 +188,18 @@ def _certify() -> Parser:
     return command
 
 
+def _visualize() -> Parser:
+    command, add = _command("Feature visualisation against the published loop.", visualizing.Config())
+    add("device", Literal["cuda", "cpu"], "where; a CPU's one thread")
+    add("model", str, "network for images in colour, as for eval/visualize.py; without /FILE its weights are random")
+    add("channels", PositiveInt, "channels of the last convolution")
+    add("share", PositiveInt, "the published searches take one in so many of their steps, and their time is multiplied")
+    add("steps", PositiveInt, "of the default search")
+    add("rounds", PositiveInt, "runs of each competitor, in turns")
+    add("rows", str, "file that the results are appended to")
+    return command
+
+
 def _step() -> Parser:
     command, add = _command("A whole step of distillation against the published one.", stepping.Config())
     add("teacher", str, "teacher architecture; weights are random, speed does not depend on them")
@@ -263,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> object:
     if parsed.subcommand == "certify":
         sizes = tuple(sorted({int(size) for size in options.pop("batch_sizes").split(",")}))
         return certifying.main(certifying.Config(batch_sizes=sizes, **options))
+    if parsed.subcommand == "visualize":
+        return visualizing.main(visualizing.Config(**options))
     workers = tuple(sorted({int(count) for count in options.pop("workers").split(",")}))
     return loading.main(loading.Config(workers=workers, **options))
 
