@@ -18,6 +18,7 @@ These take part, by turns within each round, with the same labels, starts and se
     ours, channels-last                    the model in that memory format; on a GPU
     ours, bf16 channels-last               and bf16 autocast: what a GPU should run
     ours, bf16 channels-last, compiled     and torch.compile of the frozen model, in the place of folding
+    ours, bf16 channels-last, graphed      and its mode reduce-overhead, CUDA graphs of both passes; on a GPU
 
 Before a case is timed all must have made the same attack: float32 with the same convolutions the same adversarial
 images, the others such as raise the float32 model's loss as far and fool it on the same images. Roundings must not
@@ -25,8 +26,7 @@ decide that, so the radii are small and residual branches damped as a trained ne
 the model's own answers: speed depends on shapes, not on values (denormal numbers are flushed on a CPU). All loops run
 in evaluation mode. float32 on a GPU is what PyTorch makes of it by default: TF32 in convolutions, for everybody.
 
-The step's share of an attack is the time of as many steps without the model, over the attack's in the same round. Next
-lever on a GPU, not built: a CUDA graph of model pass and step, as launches bound all of these loops at CIFAR's sizes.
+The step's share of an attack is the time of as many steps without the model, over the attack's in the same round.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from eval.attacking_report import (
     CHANNELS_LAST,
     COMPILED,
     FROZEN,
+    GRAPHED,
     NOT_FOLDED,
     NOT_FROZEN,
     OURS,
@@ -80,6 +81,11 @@ GPU_MUST = {"cifar_resnet20": 2.0, "cifar_resnet18": 2.0, "resnet50": 1.3}
 TARGETS: dict[tuple[str, str, str, str], tuple[float, float | None]] = {
     **{("cuda", name, BF16, TORCHATTACKS): (must, None) for name, must in GPU_MUST.items()},
     **{("cuda", name, BF16, FROZEN): (must, None) for name, must in GPU_MUST.items()},
+    **{
+        ("cuda", name, GRAPHED, loop): (must, None)
+        for name, must in GPU_MUST.items()
+        for loop in (TORCHATTACKS, FROZEN)
+    },
     **{("cuda", name, OURS, loop): (0.97, None) for name in GPU_MUST for loop in (TORCHATTACKS, FROZEN)},
     **{("cpu", "cifar_resnet20", BF16, loop): (2.1, 2.5) for loop in (TORCHATTACKS, FROZEN)},
     **{("cpu", name, OURS, loop): (1.1, None) for name in GPU_MUST for loop in (TORCHATTACKS, FROZEN)},
@@ -371,6 +377,9 @@ def competitors(
         if config.compile == "yes" or (config.compile == "auto" and gpu):
             compiled: Any = torch.compile(copy.deepcopy(by_channels).requires_grad_(False))
             found[COMPILED] = partial(ours, compiled, precision="bf16")
+        if config.compile != "no" and gpu:
+            graphed: Any = torch.compile(copy.deepcopy(by_channels).requires_grad_(False), mode="reduce-overhead")
+            found[GRAPHED] = partial(ours, graphed, precision="bf16")
     return found
 
 

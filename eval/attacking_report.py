@@ -13,6 +13,7 @@ NOT_FOLDED = "ours, not folded"
 CHANNELS_LAST = "ours, channels-last"
 BF16 = "ours, bf16 channels-last"
 COMPILED = "ours, bf16 channels-last, compiled"
+GRAPHED = "ours, bf16 channels-last, graphed"
 TORCHATTACKS = "torchattacks"
 FROZEN, NOT_FROZEN = "SmoothAdv, frozen", "SmoothAdv, not frozen"
 COLOURS = {
@@ -25,6 +26,7 @@ COLOURS = {
     CHANNELS_LAST: "#3f8f8f",
     BF16: "#e08a2e",
     COMPILED: "#7a5195",
+    GRAPHED: "#c2405a",
 }
 
 
