@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data import DataError
 from data.rows import append_row
 from eval.certificates import CertificateFile, Row, draw_curves
-from eval.common import check_classes, print_table
+from eval.common import check_classes, check_demo, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, option, run_script
 from train.launching import Agreement, StopSignals, start_accelerator
@@ -297,6 +297,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     folder: RunFolder | None = None
     file: CertificateFile | None = None
     with agreement.together():
+        check_demo(config.model)
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         images = read_images(config, classifier)

@@ -64,6 +64,16 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), fifths[0], fifths[3], len(values))
 
 
+DEMO_CLASSIFIER = "local-dir:runs/demo_adversarial/export"  # what bare commands look at
+
+
+def check_demo(model: str) -> None:
+    """Raises ModelError if `model` is the demo's classifier, which nobody has trained here yet."""
+    folder = Path(DEMO_CLASSIFIER.partition(":")[2])
+    if model == DEMO_CLASSIFIER and not folder.is_dir():
+        raise ModelError(f"no {folder} here yet: run `accelerate launch train/adversarial.py` first, or give --model")
+
+
 def check_classes(classifier: Classifier, data: ImageSet) -> None:
     """Raises DataError if the data have labels that are not the classifier's."""
     if len(data.classes) != classifier.num_classes or not 0 <= int(data.labels.max()) < classifier.num_classes:

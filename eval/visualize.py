@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.rows import append_row
-from eval.common import print_table
+from eval.common import DEMO_CLASSIFIER, check_demo, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, memory_mib, option, run_script
 from train.launching import Agreement, StopSignals, start_accelerator
@@ -64,7 +64,7 @@ log = logging.getLogger("shiftlens")
 class Config:
     """Settings."""
 
-    model: str = option("local-dir:runs/demo_adversarial/export", "network: local-dir:FOLDER, cifar_resnet32/FILE, ...")
+    model: str = option(DEMO_CLASSIFIER, "network: local-dir:FOLDER, cifar_resnet32/FILE, ...")
     compare: str = option("", "second network, whose colours are compared with the first one's; needs --color")
     layer: str = option("", "module to visualise; empty = the last convolution before the classifier")
     channels: str = option("all", "channels of the layer: all, or numbers and ranges such as 0-31,40")
@@ -142,6 +142,7 @@ def load(name: str, title: str, config: Config, device: Any) -> Subject:
     from models.encoders import load_encoder
     from models.weights import state_sha256
 
+    check_demo(name)
     library, _, rest = name.partition(":")
     folder = Path(rest).expanduser()
     exported = library == "local-dir" and folder.is_dir() and not (folder / CLASSIFIER_FILE).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import signal
@@ -34,7 +35,7 @@ from models import ModelError
 from models.classifiers import Classifier, load_classifier, save_classifier
 from models.weights import read_weights
 from tests.ranks import run_two
-from train.common import RECIPES, ConfigError, StopRequested, parse_config
+from train.common import ConfigError, StopRequested, parse_config
 from train.launching import StopSignals
 
 CPU = torch.device("cpu")
@@ -498,3 +499,16 @@ def test_objectives_and_subjects_are_importable(two_nets: tuple[str, str]) -> No
     with objective_of(subject.model, subject.layer, CPU, fold=True) as objective:
         assert isinstance(objective, Objective)
         assert objective(torch.rand(2, 3, 32, 32), torch.tensor([0, 1])).shape == (2,)
+
+
+@pytest.mark.parametrize("script", ["visualize", "certify"])
+def test_a_bare_command_names_the_one_that_comes_first(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"eval.{script}")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(module.Config, ["--config", str(RECIPES / f"{script}_demo.yaml")])
+    with pytest.raises(
+        ModelError, match="no runs/demo_adversarial/export here yet: run `accelerate launch train/adver"
+    ):
+        module.main(config)
