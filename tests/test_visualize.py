@@ -35,7 +35,7 @@ from models import ModelError
 from models.classifiers import Classifier, load_classifier, save_classifier
 from models.weights import read_weights
 from tests.ranks import run_two
-from train.common import ConfigError, StopRequested, parse_config
+from train.common import RECIPES, ConfigError, StopRequested, parse_config
 from train.launching import StopSignals
 
 CPU = torch.device("cpu")
@@ -507,8 +507,6 @@ def test_a_bare_command_names_the_one_that_comes_first(
 ) -> None:
     module = importlib.import_module(f"eval.{script}")
     monkeypatch.chdir(tmp_path)
-    config = parse_config(module.Config, ["--config", str(RECIPES / f"{script}_demo.yaml")])
-    with pytest.raises(
-        ModelError, match="no runs/demo_adversarial/export here yet: run `accelerate launch train/adver"
-    ):
+    config = parse_config(module.Config, [], "", f"{script}_demo.yaml")
+    with pytest.raises(ModelError, match="no runs/demo_adversarial/export here yet: run `accelerate launch train"):
         module.main(config)
