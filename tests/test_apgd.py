@@ -16,7 +16,7 @@ from attacks.apgd import _Climb, _halve, apgd, apgd_targeted, checkpoints, targe
 from attacks.ensemble import STAGES, STANDARD, Budget, ensemble, right, search
 from attacks.pgd import pgd
 from models.small import SMALL_NETS
-from tests.test_pgd import Normalised, example, smooth_net
+from tests.test_pgd import Normalised, adv_lib, example, smooth_net
 
 pytestmark = pytest.mark.timeout(300)
 RADII: dict[Any, float] = {"l2": 0.3, "linf": 6 / 255}
@@ -227,6 +227,22 @@ def test_other_codes_agree(package: str, norm: Any) -> None:
     found = make_targeted(images, labels) if package == "torchattacks" else make_targeted.perturb(images, labels)
     ours = apgd_targeted(net, images, labels, norm=norm, eps=eps, targets=2, generator=generator())
     assert (ours.fooled == ~right(net, found, labels)).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_adv_lib_agrees(norm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same starts, to the greatest loss."""
+    theirs = adv_lib("auto_pgd", monkeypatch)
+    net, eps = smooth_net(), RADII[norm]
+    images, labels = answered(net, 12)
+    torch.manual_seed(0)
+    order = 2 if norm == "l2" else float("inf")
+    found = theirs.apgd(net, images, labels, eps, order, n_iter=100, loss_function="ce", best_loss=True)
+    ours = apgd(net, images, labels, norm=norm, eps=eps, until_fooled=False, generator=generator())
+    with torch.no_grad():
+        losses = F.cross_entropy(net(found), labels, reduction="none")
+    assert (ours.losses / losses - 1).abs().max() <= 2e-3
+    assert (right(net, ours.images, labels) == right(net, found, labels)).all()
 
 
 def test_the_ensemble_is_never_above_foolbox_at_its_strongest(goldens: Path) -> None:

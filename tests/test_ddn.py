@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attacks.ddn import ddn, vote
 from attacks.pgd import cross_entropy
-from tests.test_pgd import Seen, example, published, smooth_net
+from tests.test_pgd import Seen, adv_lib, example, published, smooth_net
 
 __all__ = ["published"]  # a fixture
 
@@ -88,6 +88,19 @@ def test_foolbox_agrees(aimed: bool) -> None:
         net, images, labels, steps=15, init_norm=0.5, gamma=0.1, quantise=False, targeted=aimed, variant="foolbox"
     )
     assert (ours - expected).abs().max() <= 1e-9
+    assert (ours != images).any()
+
+
+@pytest.mark.parametrize("aimed", [False, True])
+def test_adv_lib_agrees(aimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step sizes are foolbox's, it rounds as the published code does, and starts from 8-bit images."""
+    theirs = adv_lib("decoupled_direction_norm", monkeypatch)
+    net, images, labels = correct(6)
+    labels = (labels + 1) % 5 if aimed else labels
+    net, images = net.double(), images.double()
+    expected = theirs.ddn(net, images, labels, targeted=aimed, steps=15, γ=0.1, init_norm=0.5, levels=256)
+    ours = ddn(net, images, labels, steps=15, init_norm=0.5, gamma=0.1, targeted=aimed, variant="foolbox")
+    assert (255 * (ours - expected)).abs().max() <= 1e-9
     assert (ours != images).any()
 
 

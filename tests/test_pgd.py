@@ -1,7 +1,10 @@
 """Whole PGD attacks: published runs, other libraries, what must hold of every attack, and what must stay untouched."""
 
 import copy
+import importlib.util
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,14 @@ def run_again(model: nn.Module, images: Tensor, stored: dict[str, Any], tag: str
         return smoothadv(model, images, labels, run["eps"], run["steps"], **given) - images
     settings = {name: run[name] for name in ("norm", "order", "eps", "steps", "step_size")}
     return pgd(model, images, labels, **settings, **given) - images
+
+
+def adv_lib(module: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of adv_lib.attacks. The package imports visdom for its drawings, which nothing here makes."""
+    pytest.importorskip("adv_lib", reason="adv_lib, an oracle of the attacks, is not installed")
+    if importlib.util.find_spec("visdom") is None:
+        monkeypatch.setitem(sys.modules, "visdom", types.ModuleType("visdom"))
+    return importlib.import_module(f"adv_lib.attacks.{module}")
 
 
 def test_published_attacks_in_float64(published: Any) -> None:
