@@ -20,7 +20,8 @@ pixel touches a face) and clipped to [0, 1], as in the authors' code. Two of Aut
 Where paper and authors' code differ: "at most" 75 % is the code's, the paper writes "less than". Checkpoints are the
 paper's ⌈p_j N⌉; the code's rounding gives the same for N = 100, but of N = 20 every step from the 9th on is one. The
 first step of a window is compared with the loss where it began, as in the paper (the code compares the first step of
-all with 0, and a step after a return with the loss before the return).
+all with 0, and a step after a return with the loss before the return). Condition 2 can hold at the first checkpoint, as
+in the paper; in the code it cannot.
 
 Cost: N + 1 forward and backward passes, one forward pass of the clean images, and with `until_fooled` fewer: an image
 that fools the model leaves the batch at the next checkpoint. Only then does the host wait for the device. Nothing of
@@ -38,7 +39,17 @@ import torch
 from torch import Tensor, nn
 
 from attacks.losses import Loss, cross_entropy
-from attacks.pgd import Network, Norm, Precision, check_batch, evaluate, prepared, under_attack
+from attacks.pgd import (
+    Network,
+    Norm,
+    Precision,
+    check_batch,
+    evaluate,
+    last_word,
+    misclassified,
+    prepared,
+    under_attack,
+)
 from kernels.dispatch import Kernel
 from kernels.pgd_step import pgd_step
 
@@ -71,8 +82,8 @@ def check_settings(norm: str, eps: float, steps: int) -> None:
 
 
 def look(network: Network, images: Tensor) -> Tensor:
-    """Logits [B, C] without a graph, in the type of the parameters whatever the attack's precision: the last word."""
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    """Logits [B, C], whatever the attack's precision; see `last_word`."""
+    with last_word(images.device):
         return network(images)
 
 
@@ -235,8 +246,7 @@ def apgd_targeted(
 
 
 def _wrong(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the prediction is not the true class, bool [B]."""
-    return logits.argmax(1) != (labels if labels.ndim == 1 else labels[:, 0])
+    return misclassified(logits, labels if labels.ndim == 1 else labels[:, 0])
 
 
 def _where(chosen: Tensor, ours: Tensor, others: Tensor) -> Tensor:

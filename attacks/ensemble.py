@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attacks.apgd import apgd, apgd_targeted
-from attacks.pgd import Norm, Precision, pgd, unwrapped
+from attacks.apgd import apgd, apgd_targeted, check_settings
+from attacks.pgd import Norm, Precision, check_batch, last_word, pgd, unwrapped
 from attacks.square import square
 
 STAGES = ("pgd", "apgd_ce", "apgd_t", "square")
@@ -97,18 +97,21 @@ def search(
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether the model, in evaluation mode and without autocast, gives images [B, ...] their classes: bool [B]."""
+    """Whether the model, in evaluation mode, gives images [B, ...] their classes, bool [B]; see `last_word`.
+
+    It does not where its logits are not finite.
+    """
     module = unwrapped(model)
     network = vars(module).get("_original_forward", module)
     in_training = [part for part in module.modules() if part.training]
     try:
         module.eval()
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            answers: Tensor = network(images).argmax(1)
+        with last_word(images.device):
+            logits: Tensor = network(images)
     finally:
         for part in in_training:
             part.training = True
-    return answers == labels
+    return (logits.argmax(1) == labels) & logits.isfinite().all(1)
 
 
 def ensemble(
@@ -131,11 +134,14 @@ def ensemble(
         generator, precision: as in `attacks.apgd.apgd`.
 
     Returns:
-        Images like `images`, those that still stand being as given; and int64 [B], places in STAGES, -1 for an image
+        Images like `images`, those that still stand being as given (among them those for which an attack gave no
+        finite numbers); and int64 [B], places in STAGES, -1 for an image
         that the model gets wrong as it is, len(STAGES) for one that stands.
 
     Raises ValueError for what the attacks refuse.
     """
+    check_settings(norm, eps, 1)
+    check_batch(images, labels, look=True)
     found = images.detach().clone()
     fell_to = torch.full_like(labels, len(STAGES))
     fell_to[~right(model, found, labels)] = -1
@@ -153,8 +159,9 @@ def ensemble(
             budget=budget,
             generator=generator,
             precision=precision,
+            check_images=False,
         )
-        fooled = ~right(model, adversarial, labels[standing])
+        fooled = ~right(model, adversarial, labels[standing]) & adversarial.flatten(1).isfinite().all(1)
         found[standing[fooled]] = adversarial[fooled]
         fell_to[standing[fooled]] = place
     return found, fell_to

@@ -145,10 +145,26 @@ def _foldable(conv: Any, norm: Any) -> bool:
     )
 
 
+class _Proxy(fx.Proxy):
+    """A tensor to `isinstance` and `torch.is_tensor`, so that code which asks goes the way that tensors go."""
+
+    _is_param = False  # what isinstance(…, nn.Parameter) asks of tensors
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return Tensor
+
+
 class _Tracer(fx.Tracer):
     """Traces code that leaves gradient mode and autocast as they are; refuses all other."""
 
     proxy_buffer_attributes = True  # buffers are read when the trace runs
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, value: Any) -> Any:
+        return value.node if type(value) is _Proxy else super().create_arg(value)
 
     def __init__(self) -> None:
         super().__init__()

@@ -140,6 +140,27 @@ def evaluate(network: Network, images: Tensor, labels: Tensor, loss: Loss) -> tu
     return logits.detach(), losses.detach(), gradient
 
 
+@contextlib.contextmanager
+def last_word(device: torch.device) -> Iterator[None]:
+    """Where it is decided what a model says: without gradients, and in the type of its parameters.
+
+    That is without autocast, and without the TF32 that a GPU's convolutions use by default for float32.
+    """
+    with contextlib.ExitStack() as settings:
+        settings.enter_context(torch.no_grad())
+        settings.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            cudnn = torch.backends.cudnn
+            kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+            settings.enter_context(cudnn.flags(**kept, allow_tf32=False))
+        yield
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether logits [B, C] give another class than labels [B], bool [B]. Logits that are not finite say nothing."""
+    return (logits.argmax(1) != labels) & logits.isfinite().all(1)
+
+
 def draw_from_ball(clean: Tensor, eps: Number, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
     """A new tensor like clean [B, ...]: points drawn uniformly from the balls of radius eps, then clipped to [0, 1].
 
@@ -261,12 +282,13 @@ def pgd(
         kernel: of the step; see kernels/dispatch.py.
 
     Returns:
-        A new tensor without a graph, in the images' memory format: also where images are returned as they are.
+        A new tensor without a graph, in the images' memory format: also where images are returned as they are. An image
+        whose gradient was not finite in some step is NaN.
 
     Raises:
         ValueError: what `check_batch`, `prepared`, `pgd_step` and `under_attack` refuse; steps negative, losses that do
-            not fit the images, several restarts without a random start, one beside `start`, gradient_free without noise
-            or with a loss.
+            not fit the images, several restarts without a random start, one beside `start` or in no ball,
+            gradient_free without noise or with a loss.
     """
     if norm not in ("linf", "l2"):
         raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
@@ -274,6 +296,8 @@ def pgd(
         raise ValueError(f"steps must be at least 0, not {steps}")
     if restarts < 1 or (restarts > 1 and not random_start):
         raise ValueError(f"restarts must be 1, or more with random_start: not {restarts}")
+    if random_start and not isinstance(eps, Tensor) and eps == float("inf"):
+        raise ValueError("random_start needs a ball: eps is infinite")
     if start is not None and (random_start or start.shape != images.shape):
         raise ValueError(f"start {tuple(start.shape)} must be like images {tuple(images.shape)}, without random_start")
     if zero_gradient not in ("rest", "randn"):

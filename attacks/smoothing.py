@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from attacks.pgd import Network, Precision, under_attack
+from attacks.pgd import Network, Precision, check_batch, under_attack
 
 Stage = Literal["selection", "estimation", "prediction"]
 # Fills a tensor [BLOCK, ...] with standard normal numbers: the next copies of an image, given by its place, in a stage.
@@ -320,9 +320,10 @@ def certify(
             are abstentions, which changes neither certified accuracy nor average radius, and saves their n copies.
 
     Raises:
-        ValueError: what `check_settings` and `count_votes` refuse.
+        ValueError: what `check_settings` and `count_votes` refuse, and images outside [0, 1].
     """
     check_settings("certify", sigma, n0, n, alpha)
+    check_batch(images, images, look=True)
     options: dict[str, Any] = {"batch_size": batch_size, "between": between}
     counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), **options)
     selected = counts0.argmax(axis=1)
@@ -352,6 +353,7 @@ def predict(
 ) -> tuple[Integers, Floats, Integers]:
     """Classes int64 [B] or ABSTAIN, p-values [B] and votes [B, K] of images; arguments and errors as of `certify`."""
     check_settings("predict", sigma, 1, n, alpha)
+    check_batch(images, images, look=True)
     draw = partial(noise, "prediction")
     counts = count_votes(network, images, n, sigma, draw, batch_size=batch_size, between=between)
     return *predict_counts(counts, alpha), counts

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.apgd import Found, check_settings, look
-from attacks.pgd import Network, Norm, Precision, check_batch, under_attack
+from attacks.pgd import Network, Norm, Precision, check_batch, misclassified, under_attack
 
 # Queries of 10,000 after which p is halved.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -87,7 +87,7 @@ def square(
         return found
     with under_attack(model, images.device, precision=precision) as network, torch.no_grad():
         logits = look(network, images)
-        found.fooled[:] = logits.argmax(1) != labels
+        found.fooled[:] = misclassified(logits, labels)
         found.losses[:] = -margin(logits, labels)
         if eps == 0:
             return found
@@ -117,9 +117,9 @@ def square(
 def _ask(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Margins [B], and which of the images are misclassified [B]."""
     logits = network(images)
-    fooled = logits.argmax(1) != labels
+    fooled = misclassified(logits, labels)
     if torch.is_autocast_enabled(images.device.type) and bool(fooled.any()):
-        fooled &= look(network, images).argmax(1) != labels
+        fooled &= misclassified(look(network, images), labels)
     return margin(logits if logits.dtype == torch.float64 else logits.float(), labels), fooled
 
 

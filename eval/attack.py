@@ -173,6 +173,12 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             config.data, config.split, count=config.count, seed=config.seed, size=size, channels=channels
         )
         check_classes(classifier, data)
+        diagonal = math.sqrt(channels * size * size)
+        if config.norm == "l2" and config.radii[-1] > diagonal:
+            raise ConfigError(
+                f"--eps {config.eps}: an L2 ball of radius above {diagonal:.4g} holds every image of "
+                f"{channels}x{size}x{size} pixels in [0, 1]; {config.radii[-1]:g}/255?"
+            )
         budget = Budget(steps=config.steps, queries=config.queries)
         subject = Subject(
             classifier.to(device), sha256, data, config.norm, budget, config.precision, config.images, config.seed

@@ -32,6 +32,7 @@ from data.rows import append_row
 from data.transforms import unit_interval
 from eval.passes import SECONDS_BETWEEN_LINES
 from eval.robustness import wilson
+from models import ModelError
 from train.common import Progress, RunFolder, StopRequested
 from train.launching import Agreement, StopSignals
 
@@ -41,12 +42,14 @@ if TYPE_CHECKING:
 
 Numbers = NDArray[np.int64]
 Columns = dict[str, list[float]]  # a value for each image
+ATTACKS_VERSION = 1  # to be raised with every change of what an attack finds: kept outcomes are then computed anew
 ENSEMBLE = "ensemble"
 CLEAN = "clean"
 # The newest row of equal NUMBER counts; one that agrees with it in RESULT too is not written again.
 NUMBER = ("metric", "model", "data", "norm", "eps", "attack")
 RESULT = ("value", "n", "model_sha256", "data_fingerprint", "precision", "seed")
-BALL_TOLERANCE = 1e-5  # of a radius: roundings of float32 images
+BALL_TOLERANCE = 1e-5  # of a radius: roundings of float32 images,
+PIXEL_TOLERANCE = 6e-8  # and of a single pixel, which are more of a small L∞ radius
 SAMPLE = 64  # images of the checks that attack on purpose in another way
 SQUARE_SHARE = 0.002  # of all images; what AutoAttack's own check allows its black box beyond its other attacks
 log = logging.getLogger("shiftlens")
@@ -82,17 +85,24 @@ def _batch(subject: Subject, numbers: Numbers) -> tuple[Tensor, Tensor]:
 
 
 def look_at(subject: Subject, numbers: Numbers) -> Columns:
-    """Of each image as it is: right (0 or 1); whether its loss in float32, and its gradient, are exactly 0."""
+    """Of each image as it is: right (0 or 1); whether its loss in float32, and its gradient, are exactly 0.
+
+    Raises ModelError where one of them is not finite.
+    """
     images, labels = _batch(subject, numbers)
     correct = right(subject.classifier, images, labels)
     with under_attack(subject.classifier, images.device) as network:
         _, losses, gradient = evaluate(network, images, labels, cross_entropy)
+    _check_finite(subject, losses.isfinite() & gradient.flatten(1).isfinite().all(1), "has no finite loss and gradient")
     columns = {"right": correct, "saturated": losses == 0, "zero_gradient": gradient.flatten(1).abs().amax(1) == 0}
     return {name: values.int().tolist() for name, values in columns.items()}
 
 
 def attack(subject: Subject, stage: str, eps: float, budget: Budget, numbers: Numbers) -> Columns:
-    """Of each image: whether it stands (0 or 1), and the norm of what the attack added to it."""
+    """Of each image: whether it stands (0 or 1), and the norm of what the attack added to it.
+
+    Raises ModelError if that is not finite, as what such an image says would count as fooled.
+    """
     images, labels = _batch(subject, numbers)
     # Chance depends on the images alone, not on the model: two models meet the same draws.
     words = json.dumps([subject.seed, stage, eps, subject.data.fingerprint, numbers.tolist()])
@@ -102,7 +112,15 @@ def attack(subject: Subject, stage: str, eps: float, budget: Budget, numbers: Nu
     found = search(stage, subject.classifier, images, labels, norm=subject.norm, eps=eps, budget=budget, **options)
     order = math.inf if subject.norm == "linf" else 2
     sizes = torch.linalg.vector_norm((found - images).double().flatten(1), ord=order, dim=1)
+    _check_finite(subject, sizes.isfinite(), f"met gradients that are not finite ({stage}, radius {eps:g})")
     return {"stands": right(subject.classifier, found, labels).int().tolist(), "size": sizes.tolist()}
+
+
+def _check_finite(subject: Subject, finite: Tensor, what: str) -> None:
+    if bad := int((~finite).sum()):
+        raise ModelError(
+            f"{subject.classifier.name} {what} at {bad} of {len(finite)} images: no attack can be trusted there"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,6 +165,7 @@ class Passes:
         facts = [subject.classifier_sha256, subject.classifier.flip, subject.classifier.mean.flatten().tolist()]
         facts += [subject.classifier.std.flatten().tolist(), subject.data.fingerprint, subject.norm, subject.precision]
         facts += [subject.seed, stage, eps, spent(stage, budget), numbers.tolist()]
+        facts += [subject.classifier.mean.device.type, ATTACKS_VERSION]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def _all(self, stage: str, eps: float, budget: Budget, numbers: Numbers) -> dict[str, NDArray[np.float64]]:
@@ -162,11 +181,10 @@ class Passes:
         progress = Progress(0, rounds, subject.images * agreement.world, shown=self._shown)
         with contextlib.closing(progress):
             for turn in range(rounds):
-                if stop := agreement.settle(None, self._signals.received):
-                    raise StopRequested(stop, f"stopped by signal {stop} in {name}; batches before are kept")
                 own: list[tuple[str, Columns]] = []
-                with agreement.together():
-                    if (place := turn * agreement.world + agreement.rank) < len(missing):
+                place = turn * agreement.world + agreement.rank
+                with agreement.together(), self._signals.ending():
+                    if place < len(missing) and not self._signals.received:
                         batch = batches[missing[place]]
                         if stage == CLEAN:
                             columns = look_at(subject, batch)
@@ -175,6 +193,8 @@ class Passes:
                         own.append((keys[missing[place]], columns))
                 outcomes = gather_object(own)
                 self._keep(outcomes)
+                if stop := agreement.settle(None, self._signals.received):
+                    raise StopRequested(stop, f"stopped by signal {stop} in {name}; batches before are kept")
                 progress.step_done(turn)
                 if self._shown and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                     last_line = time.monotonic()
@@ -258,7 +278,9 @@ def measure(passes: Passes, eps: float, attacks: Sequence[str], correct: Numbers
             if so_far not in [point.name for point in points]:
                 points.append(Point(so_far, title, eps, len(standing), n))
                 log.info("%s %-8.4g %5.1f %% stand  %s", passes.subject.norm, eps, 100 * len(standing) / n, title)
-    return points, largest / eps if eps else largest
+    if passes.subject.norm == "linf":
+        largest = max(0.0, largest - PIXEL_TOLERANCE)
+    return points, largest / eps if eps else math.inf if largest else 0.0
 
 
 class Rows:
@@ -325,7 +347,7 @@ def check_curve(points: Sequence[Point], largest: float) -> list[Check]:
                 rises.append(text)
     checks.append(Check("accuracy falls with the radius", not rises, "; ".join(rises) or "at no radius does it rise"))
     by_place = {(point.name, point.eps): point for point in points}
-    stronger = []
+    stronger, compared = [], False
     for (name, eps), point in by_place.items():
         if name == ENSEMBLE:
             others = [by_place[("+".join(STAGES[:-1]), eps)]]
@@ -333,10 +355,12 @@ def check_curve(points: Sequence[Point], largest: float) -> list[Check]:
             others = [p for p in points if p.eps == eps and p.name in STAGES and p.name != name]
         else:
             continue
-        least = min((other.correct for other in others), default=0)
-        if others and least - point.correct > SQUARE_SHARE * point.n:
+        if not others:
+            continue
+        compared, least = True, min(other.correct for other in others)
+        if least - point.correct > SQUARE_SHARE * point.n:
             stronger.append(f"{least - point.correct} of {point.n} fewer stand at {eps:g}")
-    if any(name in (ENSEMBLE, "square") for name, _ in by_place):
+    if compared:
         text = "; ".join(stronger) or "the gradient attacks find what Square finds"
         checks.append(Check("no gradient masking: Square adds nothing", not stronger, text))
     return checks

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks.ensemble import STAGES, Budget, right, search
+from attacks.apgd import apgd
+from attacks.ensemble import STAGES, Budget, ensemble, right, search
 from data import DataError
 from data.small import ImageSet, load_images
+from data.transforms import unit_interval
 from eval.attack import Config, main
 from eval.common import check_classes
 from eval.robust_accuracy import (
@@ -173,6 +177,62 @@ def test_a_stop_signal_keeps_the_batches_before(config: Config) -> None:
     assert len(read(file)) == 3
 
 
+class Signalling(nn.Module):
+    """Sends this process a signal when it is asked for the `at`-th time."""
+
+    def __init__(self, net: nn.Module, at: int) -> None:
+        super().__init__()
+        self.net, self.at, self.calls = net, at, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.net(images)
+
+
+def test_a_stop_signal_ends_a_batch_where_it_stands(config: Config, lenet: nn.Module, tmp_path: Path) -> None:
+    net = Signalling(lenet, at=40)  # a batch of PGD-20 asks 21 times
+    passes = passes_on(net, config, tmp_path, BUDGET, images=6)
+    with StopSignals() as passes._signals, pytest.raises(StopRequested, match="stopped by signal 15 in PGD-20"):
+        passes.attack("pgd", 0.1, np.arange(16))
+    assert 40 <= net.calls <= 41
+    assert len(read(tmp_path / "outcomes.jsonl")) == 1
+    assert net.training is False
+    passes = passes_on(net, config, tmp_path, BUDGET, images=6)
+    assert len(passes.attack("pgd", 0.1, np.arange(16))["stands"]) == 16
+    assert passes.computed == 2
+
+
+class Gamma(nn.Module):
+    """The same function, by way of a root and its square: its slope at black is infinite times 0."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net((images - images.min()).sqrt() ** 2 + images.min())
+
+
+def test_gradients_that_are_not_finite_are_no_attack(config: Config, lenet: nn.Module, tmp_path: Path) -> None:
+    """Images that are not numbers would count as fooled."""
+    passes = passes_on(Gamma(lenet), config, tmp_path, BUDGET)
+    with pytest.raises(ModelError, match="stairs has no finite loss and gradient at 16 of 16 images: no attack can"):
+        passes.look(np.arange(16))
+    with pytest.raises(ModelError, match=r"met gradients that are not finite \(pgd, radius 0.1\) at 16 of 16 images"):
+        passes.attack("pgd", 0.1, np.arange(16))
+    images, labels = unit_interval(passes.subject.data.images), passes.subject.data.labels
+    clean = right(passes.subject.classifier, images, labels)
+    generator = torch.Generator().manual_seed(0)
+    found = apgd(passes.subject.classifier, images, labels, norm="linf", eps=0.1, steps=4, generator=generator)
+    assert (found.fooled == ~clean).all()
+    assert found.images.isfinite().all()
+    budget = Budget(steps=3, targets=2, queries=1)
+    _, fell_to = ensemble(passes.subject.classifier, images, labels, norm="linf", eps=1e-4, budget=budget)
+    assert ((fell_to == -1) | (fell_to == len(STAGES))).all()
+
+
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -187,10 +247,10 @@ class Stairs(nn.Module):
         return (self.net(images) * 4).round() / 4 + 0 * images.sum()
 
 
-def passes_on(net: nn.Module, config: Config, tmp_path: Path, budget: Budget) -> Passes:
+def passes_on(net: nn.Module, config: Config, tmp_path: Path, budget: Budget, images: int = 16) -> Passes:
     data = load_images(config.data, "test")
     classifier = Classifier("stairs", "lenet", net, image_size=28, num_classes=10, mean=[0.1307], std=[0.3081]).eval()
-    subject = Subject(classifier, "hash", data, "linf", budget, "fp32", 16, 0)
+    subject = Subject(classifier, "hash", data, "linf", budget, "fp32", images, 0)
     return Passes(subject, Agreement(0, 1), StopSignals(), tmp_path / "outcomes.jsonl")
 
 
@@ -240,6 +300,26 @@ def test_curves_that_rise_and_points_outside_are_told() -> None:
     ball, rise = check_curve([clean, *curve(91, 20, 30)], 1.001)
     assert not ball.passed
     assert rise.found == "PGD-20 leaves 91 at 0.5, 90 at 0; PGD-20 leaves 30 at 2, 20 at 1"
+
+
+def test_nothing_is_said_about_masking_where_nothing_was_compared() -> None:
+    points = [Point(CLEAN, "clean", 0.0, 90, 100), Point("square", "Square", 0.5, 20, 100)]
+    assert [check.name for check in check_curve(points, 1.0)] == [
+        "perturbations within the ball",
+        "accuracy falls with the radius",
+    ]
+
+
+def test_roundings_of_pixels_are_within_small_balls(config: Config, lenet: nn.Module, tmp_path: Path) -> None:
+    passes = passes_on(lenet, config, tmp_path, Budget(steps=2, queries=10))
+    for eps in (0.25 / 255, 0.5 / 255, 0.0):
+        points, largest = measure(passes, eps, ["pgd", "apgd_ce", "square"], np.arange(16))
+        assert all(check.passed for check in check_curve(points, largest)), eps
+
+
+def test_an_l2_radius_counted_from_0_to_255_is_one_line(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"--eps 128: .* radius above 28 holds every image of 1x28x28.*128/255"):
+        main(dataclasses.replace(config, eps="128"))
 
 
 # --- Settings and data ------------------------------------------------------------------------------------------------

@@ -312,8 +312,15 @@ def test_nothing_to_count_and_logits_that_are_not_finite_are_refused(lenet: Clas
             smoothing.certify(network, torch.empty(0, 1, 28, 28), noise, **options)
         with pytest.raises(ValueError, match="batch size 10 is below the 25"):
             smoothing.certify(network, torch.zeros(1, 1, 28, 28), noise, batch_size=10, **options)
-        with pytest.raises(ValueError, match="not finite"):
-            smoothing.certify(network, torch.full((1, 1, 28, 28), math.nan), noise, **options)
+        for pixels in (torch.full((1, 1, 28, 28), math.nan), 255 * torch.ones(1, 1, 28, 28)):
+            with pytest.raises(ValueError, match=r"beyond \[0, 1\]"):
+                smoothing.certify(network, pixels, noise, **options)
+            with pytest.raises(ValueError, match=r"beyond \[0, 1\]"):
+                smoothing.predict(network, pixels, noise, sigma=0.5, n=20, alpha=0.05)
+        with pytest.raises(ValueError, match=r"type torch.uint8"):
+            smoothing.certify(network, torch.zeros(1, 1, 28, 28, dtype=torch.uint8), noise, **options)
+        with pytest.raises(ValueError, match="logits are not finite under noise"):
+            smoothing.certify(lambda images: network(images) * math.nan, torch.zeros(1, 1, 28, 28), noise, **options)
     with pytest.raises(ValueError, match="precision"), smoothing.smoothing(lenet, CPU, precision="fp16"):  # type: ignore[arg-type]
         pass
 

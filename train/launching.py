@@ -270,6 +270,23 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._first = 0.0
+        self._ending = False
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block that the first signal, if none has come yet, ends where it stands: work of minutes without steps.
+
+        What the block has not handed out by then is lost. No collectives belong in it, nor anything that has to be
+        put in order if it breaks off.
+        """
+        self._ending = True
+        try:
+            yield
+            self._ending = False  # here, so that a signal just before is still caught
+        except _Ended:
+            pass
+        finally:
+            self._ending = False
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -286,8 +303,14 @@ class StopSignals:
             self.received, self._first = number, time.monotonic()
             # Not print: a signal may arrive while a buffered write is under way.
             os.write(2, b"\nstopping after this step; a second signal in three seconds or later exits at once\n")
+            if self._ending:
+                raise _Ended
         elif time.monotonic() - self._first > 3:
             os._exit(128 + number)
+
+
+class _Ended(BaseException):
+    """Ends a block of `StopSignals.ending`; nothing that catches errors may take it for one."""
 
 
 class PeerError(Exception):
