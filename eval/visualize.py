@@ -266,6 +266,9 @@ def visualize(config: Config, signals: StopSignals, resources: contextlib.ExitSt
                 result = search(objective, begin, channels, config.seed, count)
             images.images[rows.start : rows.stop] = result.images
             images.activations[rows.start : rows.stop] = torch.stack([result.before, result.after], 1)
+    # A vote, which waits for the slowest process as long as it takes; the sums below would not.
+    if stop := agreement.settle(None, signals.received):
+        raise StopRequested(stop, f"stopped by signal {stop}; nothing is written")
     for subject, images in zip(subjects, found, strict=True):
         shape = (starts, len(subject.channels))
         # Each row is one process's, and 0 on the others: the sum is exact.
