@@ -77,27 +77,35 @@ def load_images(
     *,
     count: int = 0,
     seed: int = 0,
+    every: int = 1,
+    most: int = 0,
     size: int | None = None,
     channels: int | None = None,
 ) -> ImageSet:
-    """Read a split of a data set into memory.
+    """Read a split of a data set into memory, or a part of it: then only that part is decoded, but for shards.
 
     Args:
         data: see the table at the top of this file.
         split: "train", or "test", which is also found as val/. Files that are not divided are used whole, and said so.
         count: this many images drawn without replacement by `seed`, in the order of the data; 0: all. The draw is the
             same in every process and on every machine.
+        every: each how many-th image, from the first; not together with count.
+        most: no more than that many of them; 0: no limit.
         size: side in pixels; images in files and shards of another size get the published evaluation transform. None:
             all have to be of one size.
         channels: 1 takes one channel of grey images that are stored with three; 3 repeats that of grey images.
 
     Raises DataError: nothing found and no network (with the places where files may be put), damaged files, more images
-    asked for than there are, images of several sizes, more than 8 GiB of pixels.
+    asked for than there are, `every` below 1, images of several sizes, more than 8 GiB of pixels.
     """
     if split not in _SPLIT_FOLDERS:
         raise DataError(f"split {split!r}: choose train or test")
     if count < 0 or seed < 0:
         raise DataError(f"count {count} and seed {seed} must not be negative")
+    if every < 1 or most < 0:
+        raise DataError(f"every {every} must be at least 1, and most {most} not negative")
+    if count and (every > 1 or most):
+        raise DataError(f"count {count} is a draw: it cannot be combined with every {every} and most {most}")
     name, colon, place = data.partition(":")
     with tempfile.TemporaryDirectory(prefix="shiftlens-") as folder:
         scratch = Path(folder) / "unpacked.tar"
@@ -107,12 +115,13 @@ def load_images(
             found = _from_shards(data, split, size)
         else:
             found = _from_files(data, split, size, scratch)
-        numbers = _drawn(data, found.total, count, seed)
+        numbers = _drawn(data, found.total, count, seed) if count else np.arange(0, found.total, every)[: most or None]
         images = _with_channels(torch.from_numpy(found.read(numbers)), channels, data)
     labels = torch.from_numpy(np.asarray(found.labels(), dtype=np.int64)[numbers])
     whole = len(numbers) == found.total
     if not whole:
-        log.info("images   %d of the %d of %s, drawn with seed %d", len(numbers), found.total, found.name, seed)
+        how = f"drawn with seed {seed}" if count else f"one of each {every}" if every > 1 else "the first"
+        log.info("images   %d of the %d of %s, %s", len(numbers), found.total, found.name, how)
     return ImageSet(
         images,
         labels,
@@ -135,8 +144,6 @@ def _drawn(data: str, total: int, count: int, seed: int) -> np.ndarray:
     """Which images to take: int64, ascending. Only raw draws, which numpy promises never to change."""
     if count > total:
         raise DataError(f"{data}: {count} images asked for, there are {total}")
-    if count == 0:
-        return np.arange(total)
     draws = np.random.PCG64(np.random.SeedSequence([seed, total])).random_raw(total)
     return np.sort(np.argsort(draws, kind="stable")[:count])
 
@@ -177,7 +184,7 @@ def _check_memory(name: str, shape: tuple[int, ...]) -> None:
     if needed > MEMORY_LIMIT:
         sizes = f"{shape[0]:,} images of {shape[2]}x{shape[3]} take {needed / 2**30:.1f} GiB of memory"
         limit = f"{MEMORY_LIMIT // 2**30} GiB"
-        raise DataError(f"{name}: {sizes}, more than {limit}: draw some of them, or ask for a smaller size")
+        raise DataError(f"{name}: {sizes}, more than {limit}: take some of them, or ask for a smaller size")
 
 
 def _from_arrays(arrays: Arrays, name: str, split: str, size: int | None) -> _Found:

@@ -8,18 +8,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data import DataError
 from data.rows import write_synced
 
+if TYPE_CHECKING:
+    from data.small import ImageSet
+
 Row = dict[str, Any]  # of an image, or of a result
+
+
+def image_sha256(images: ImageSet, place: int) -> str:
+    """The first 16 hex digits of SHA-256 over an image, given by its place in `images`, and its label."""
+    image = images.images[place].contiguous().numpy()
+    digest = hashlib.sha256(repr((image.shape, int(images.labels[place]))).encode())
+    digest.update(image.data)
+    return digest.hexdigest()[:16]
 
 
 class CertificateFile:
     """A file of certificates, a line of JSON for each image after one that says of what; only rank 0 has one.
+
+    Its settings do not say which images, so that others can be added; each row says it of its own.
 
     Attributes:
         rows: by the image's number.
@@ -39,6 +52,12 @@ class CertificateFile:
             self.rows = rows
         # Written anew, so that what is appended does not continue a line that was cut short.
         write_synced(self.path, "".join(json.dumps(line) + "\n" for line in (head, *self.rows.values())))
+
+    def check(self, hashes: Mapping[int, str]) -> None:
+        """Raises DataError if rows are not of the images whose `image_sha256` is given under their numbers."""
+        if any(self.rows[number].get("image_sha256") != sha256 for number, sha256 in hashes.items()):
+            others = "holds certificates of other images under the same numbers"
+            raise DataError(f"{self.path}: {others}; use another --out")
 
     def add(self, rows: Sequence[Row]) -> None:
         """Appends rows of images."""
@@ -70,12 +89,16 @@ def draw_curves(out: Path, chosen: Sequence[int], current: Path) -> None:
     from eval.figures import COLOURS, STYLE
     from eval.robustness import wilson
 
-    fingerprint = read_certificates(current)[0]["settings"]["data_fingerprint"]
+    def certified(known: Mapping[int, Row]) -> list[str | None]:
+        """Hashes of the chosen images that a file has certificates of."""
+        return [known[number].get("image_sha256") for number in chosen if number in known]
+
+    same = certified(read_certificates(current)[1])
     curves = []
     for path in sorted(current.parent.glob("certify_*.jsonl"), key=lambda path: (path != current, path.name)):
         with contextlib.suppress(DataError):  # something else under such a name is no curve
             head, known = read_certificates(path)
-            if head["settings"]["data_fingerprint"] == fingerprint and set(chosen) <= known.keys():
+            if certified(known) == same:
                 curves.append((head, [known[number] for number in chosen]))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

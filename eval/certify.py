@@ -15,8 +15,8 @@ from --n copies. The defaults are the published setting: n0 = 100, n = 100,000, 
 
 Images are shared out over all processes; each has its own random numbers, so that its certificate depends neither on
 the other images nor on batches, processes or restarts. A run that was stopped, or is started again with a smaller
---skip or a larger --count, computes only images that are not in its folder yet. The certificate is one for the network
-as it was run: with --precision bf16, that of the bf16 network.
+--skip or a larger --count, computes only images that are not in its folder yet; others are not even read. The
+certificate is one for the network as it was run: with --precision bf16, that of the bf16 network.
 
 Cost: n0 + n forward passes for each image. With --skip_wrong true, images whose selected class is wrong are not counted
 further: certified accuracy and average radius stay the same, and a third of the time or more is saved.
@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data import DataError
 from data.rows import append_row
-from eval.certificates import CertificateFile, Row, draw_curves
+from eval.certificates import CertificateFile, Row, draw_curves, image_sha256
 from eval.common import check_classes, check_demo, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, option, run_script
@@ -111,20 +111,31 @@ class Config:
 
 
 def read_images(config: Config, classifier: Classifier) -> ImageSet:
-    """The images. Raises DataError for what is wrong with them, or if their labels are not the classifier's."""
+    """The chosen images. Raises DataError for what is wrong with them, or labels that are not the classifier's."""
     from data.demo import demo_shards
     from data.small import load_images
 
     source = str(Path(demo_shards("train")).parent) if config.data == "demo" else config.data
-    images = load_images(source, config.split, size=classifier.image_size, channels=classifier.channels)
+    images = load_images(
+        *(source, config.split),
+        every=config.skip,
+        most=config.count,
+        size=classifier.image_size,
+        channels=classifier.channels,
+    )
     if not len(images):
         raise DataError(f"{images.name} has no images")
     check_classes(classifier, images)
     return images
 
 
+def numbers_of(images: ImageSet) -> list[int]:
+    """The number of each image in the data, by its place."""
+    return list(range(len(images))) if images.numbers is None else images.numbers.tolist()
+
+
 def identity(config: Config, classifier: Classifier, sha256: str, images: ImageSet, device_type: str) -> Row:
-    """All that the certificate of an image depends on; images that are certified beside it are not among it."""
+    """All that the certificate of an image depends on but the image: neither it nor those beside it are among that."""
     settings: Row = {
         name: getattr(config, name) for name in ("mode", "sigma", "n", "alpha", "precision", "compile", "seed")
     }
@@ -136,7 +147,8 @@ def identity(config: Config, classifier: Classifier, sha256: str, images: ImageS
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
         "flip": classifier.flip,
-        "data_fingerprint": images.fingerprint,
+        "images": "/".join(Path(images.name).parts[-2:]),  # wherever they lie
+        "classes": list(images.classes),
         "noise": f"{device_type}, version 1",
     }
 
@@ -146,17 +158,18 @@ class Interrupted(Exception):
 
 
 def answer(
-    network: Network, images: ImageSet, numbers: Sequence[int], config: Config, accelerator: Accelerator, between: Any
+    network: Network, images: ImageSet, places: Sequence[int], config: Config, accelerator: Accelerator, between: Any
 ) -> list[Row]:
-    """The rows of the images with these numbers: what is certain about each. Raises ModelError."""
+    """The rows of the images at these places: what is certain about each. Raises ModelError."""
     import torch
 
     from attacks.smoothing import ABSTAIN, GaussianNoise, certify, predict
     from data.transforms import unit_interval
 
     device, start = accelerator.device, time.perf_counter()
-    places = torch.as_tensor(numbers)
-    batch, labels = unit_interval(images.images[places].to(device)), images.labels[places].numpy()
+    of_all, rows = numbers_of(images), torch.as_tensor(places)
+    numbers = [of_all[place] for place in places]
+    batch, labels = unit_interval(images.images[rows].to(device)), images.labels[rows].numpy()
     noise = GaussianNoise(config.seed, numbers, device)
     options: Any = {"sigma": config.sigma, "n": config.n, "alpha": config.alpha, "batch_size": config.batch_size}
     try:
@@ -190,8 +203,10 @@ def answer(
     return [
         {"image": number, "label": label, "class": None if said == ABSTAIN else said, "correct": said == label}
         | detail
-        | {"seconds": seconds}
-        for number, label, said, detail in zip(numbers, labels.tolist(), classes.tolist(), details, strict=True)
+        | {"seconds": seconds, "image_sha256": image_sha256(images, place)}
+        for place, number, label, said, detail in zip(
+            places, numbers, labels.tolist(), classes.tolist(), details, strict=True
+        )
     ]
 
 
@@ -236,7 +251,7 @@ def results(rows: Sequence[Row], config: Config) -> list[Row]:
 def write_results(found: Sequence[Row], facts: Row, folder: RunFolder) -> list[Row]:
     """Appends rows to results.jsonl where they are not there yet, and returns all with their facts."""
     plain = [{**row, **facts} for row in found]
-    same = ("metric", "radius", "value", "n", "certificates")
+    same = ("metric", "radius", "value", "n", "certificates", "skip", "count")
     known = {tuple(row.get(key) for key in same) for row in folder.results()}
     for row in plain:
         if tuple(row.get(key) for key in same) not in known:
@@ -301,7 +316,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         images = read_images(config, classifier)
-        chosen = list(range(0, len(images), config.skip))[: config.count or None]
+        chosen = numbers_of(images)
         settings = identity(config, classifier, sha256, images, device.type)
         if rank == 0:
             folder = RunFolder(out, fresh=False)
@@ -309,9 +324,10 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             folder.write_config(config)
             folder.write_environment(accelerator)
             file = CertificateFile(out, settings, config.name or config.model)
-    agreement.same(settings, "classifier, images or kinds of device")
+            file.check({n: image_sha256(images, place) for place, n in enumerate(chosen) if n in file.rows})
+    agreement.same((settings, images.fingerprint), "classifier, images or kinds of device")
     done = set(agreement.share(None if file is None else [*file.rows]))
-    todo = [number for number in chosen if number not in done]
+    todo = [place for place, number in enumerate(chosen) if number not in done]
     # Several images at once where a batch has room for the copies that select their classes, up to ten batches in all,
     # as what is in flight is lost when a run is stopped. The same for any number of processes.
     batch_size = config.batch_size or default_batch_size(images.images[:1].to(device))
@@ -319,7 +335,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     at_once = max(1, min(batch_size // first_copies, 10 * batch_size // (config.n0 + config.n)))
     groups = [todo[first : first + at_once] for first in range(0, len(todo), at_once)]
     log.info("model    %s: %d px, %d classes", classifier.name, classifier.image_size, classifier.num_classes)
-    log.info("images   %s: %d of %d, %d to do", images.name, len(chosen), len(images), len(todo))
+    log.info("images   %s: %d, %d to do", images.name, len(chosen), len(todo))
     copies = f"n0 {config.n0}, n {config.n}" if config.mode == "certify" else f"n {config.n}"
     log.info("noise    sigma %g, %s, alpha %g; %d copies at a time", config.sigma, copies, config.alpha, batch_size)
     if config.mode == "certify":
@@ -338,7 +354,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     ready, last_line = len(chosen) - len(todo), time.monotonic()
     with smoothing(classifier.to(device), device, precision=config.precision, compile=config.compile) as network:
         for step in range(steps):
-            failure: Exception | None = None
+            failure: ModelError | None = None
             rows: list[Row] = []
             try:
                 if step * world + rank < len(groups):
@@ -347,16 +363,20 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 failure = error
             except Interrupted:
                 pass  # the images of this group are lost, no others
+            # The ranks meet in a vote: it waits for the slowest, for hours if need be, which other messages do not.
+            stop = agreement.settle(None, signals.received)
             gathered: list[Row] = gather_object(rows)
             ready += len(gathered)
-            with agreement.together():
+            with agreement.together():  # what others have finished is kept when this rank has failed
                 if file is not None:
                     file.add(gathered)
+                if failure is not None:
+                    raise failure
             progress.step_done(step)
             if rank == 0 and time.monotonic() - last_line > 10 and not progress.bar:
                 last_line, left = time.monotonic(), progress.rates()["seconds_left"]
                 log.info("step %d/%d  %d images%s", step + 1, steps, ready, f"  {left:.0f} s left" if left else "")
-            if stop := agreement.settle(failure, signals.received):
+            if stop:
                 text = f"stopped by signal {stop}: {ready} of {len(chosen)} images are certified"
                 raise StopRequested(stop, f"{text}; the same command goes on with the others")
 
@@ -370,7 +390,10 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 "model": config.name or config.model,
                 "data": config.data,
                 "certificates": file.path.name,
-                **{key: value for key, value in settings.items() if key not in ("n", "n0")},
+                "skip": config.skip,
+                "count": config.count,
+                "data_fingerprint": images.fingerprint,
+                **{key: value for key, value in settings.items() if key not in ("n", "n0", "images", "classes")},
                 "copies": config.n,
                 "config": dataclasses.asdict(config),
                 "device": str(device),

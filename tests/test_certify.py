@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
+from torch import Tensor
 
 from attacks import smoothing
 from data import DataError
@@ -32,6 +37,8 @@ IMAGES = 23
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 23 digits of 28 x 28 pixels, as a test split in class folders."""
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("digits")
     content = load_digits()
     for label in range(10):
@@ -138,6 +145,82 @@ def test_more_images_are_added_to_those_that_are_there(settings: dict[str, Any],
     assert values(whole) == values(unbroken)
 
 
+def test_only_the_chosen_images_are_read(settings: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "broken")
+    files = sorted((tmp_path / "broken").rglob("*.png"))
+    for number in (1, 2, 5, 22):
+        files[number].write_bytes(b"no image")
+    part = main(Config(**{**settings, "data": str(tmp_path / "broken"), "skip": 4, "count": 5}))
+    assert [row["image"] for row in part["images"]] == [0, 4, 8, 12, 16]
+    with pytest.raises(DataError, match=files[22].name):
+        main(Config(**{**settings, "data": str(tmp_path / "broken"), "skip": 11, "count": 5}))
+
+
+def test_certificates_are_found_again_where_the_data_have_moved(
+    settings: dict[str, Any], digits: Path, tmp_path: Path
+) -> None:
+    first = main(Config(**{**settings, "count": 4}))
+    shutil.copytree(digits, tmp_path / "elsewhere" / digits.name)
+    again = main(Config(**{**settings, "data": str(tmp_path / "elsewhere" / digits.name), "count": 4}))
+    assert again["computed"] == 0
+    assert again["images"] == first["images"]
+
+
+def change(data: Path, number: int) -> None:
+    """Turns an image of the folder upside down."""
+    file = sorted(data.rglob("*.png"))[number]
+    with Image.open(file) as image:
+        turned = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    turned.save(file)
+
+
+def test_other_images_under_the_same_numbers_are_refused(
+    settings: dict[str, Any], digits: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "changed" / digits.name
+    shutil.copytree(digits, data)
+    settings |= {"data": str(data)}
+    main(Config(**{**settings, "count": 4}))
+    change(data, 2)
+    with pytest.raises(DataError, match="certificates of other images under the same numbers; use another --out") as no:
+        main(Config(**{**settings, "count": 5}))
+    assert "\n" not in str(no.value)
+    assert main(Config(**{**settings, "skip": 3, "count": 3}))["computed"] == 1  # images 0 and 3 are what they were
+    change(data, 2)
+    last = sorted((data / "test" / "0").iterdir())[-1]  # now the first image of class 1, under the number that it had
+    main(Config(**settings))
+    last.rename(data / "test" / "1" / "000.png")
+    with pytest.raises(DataError, match="certificates of other images"):
+        main(Config(**settings))
+
+
+def test_curves_are_of_the_same_images(settings: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    data = tmp_path / "changed" / digits.name
+    shutil.copytree(digits, data)
+    settings |= {"data": str(data), "n": 40}
+
+    def drawn(sigma: float, **changed: Any) -> set[str]:
+        main(Config(**{**settings, "sigma": sigma, "name": f"sigma {sigma}", **changed}))
+        figure = (tmp_path / "run" / "certified_accuracy.svg").read_text()
+        return set(re.findall(r"<!-- (sigma [0-9.]+), ", figure))
+
+    assert drawn(0.3, count=6) == {"sigma 0.3"}
+    assert drawn(0.4, skip=2, count=3) == {"sigma 0.3", "sigma 0.4"}
+    assert drawn(0.5, skip=2, count=4) == {"sigma 0.5"}  # the fourth has no certificate of the others
+    change(data, 2)
+    assert drawn(0.6, skip=2, count=3) == {"sigma 0.6"}
+    assert drawn(0.7, skip=4, count=2) == {"sigma 0.3", "sigma 0.4", "sigma 0.5", "sigma 0.6", "sigma 0.7"}
+
+
+def test_results_of_another_choice_of_images_are_written_too(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Though both have the same values: each has an image of every kind."""
+    for skip in (1, 2, 1):
+        main(Config(**{**settings, "skip": skip, "count": 3, "radii": [0.0, 1.0]}))
+    rows = [row for row in lines(tmp_path / "run" / "results.jsonl") if row.get("radius") == 1.0]
+    assert [(row["skip"], row["count"], row["value"]) for row in rows] == [(1, 3, 0.0), (2, 3, 0.0)]
+    assert len({row["data_fingerprint"] for row in rows}) == 2
+
+
 def test_a_line_cut_short_is_computed_again(settings: dict[str, Any], tmp_path: Path, unbroken: dict[str, Any]) -> None:
     main(Config(**{**settings, "count": 8}))
     (file,) = (tmp_path / "run" / "certificates").iterdir()
@@ -148,33 +231,93 @@ def test_a_line_cut_short_is_computed_again(settings: dict[str, Any], tmp_path: 
     assert without_time(lines(file)[1:]) == without_time(again["images"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def in_the_last_rank(hook: Callable[[int, Tensor], None]) -> None:
+    """There `hook` sees the number of each pass through LeNet, from 1 on, and its first maps, which it may change.
+
+    Five passes are an image, with batches of 25 copies: one selects the class, four count.
+    """
+    passes = itertools.count(1)
+
+    def after(module: torch.nn.Module, inputs: Any, maps: Tensor) -> None:
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels == 1:
+            hook(next(passes), maps)
+
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        torch.nn.modules.module.register_module_forward_hook(after)
+
+
+def break_off(config: Config) -> None:
+    """`main`, but the last rank fails in the middle of its second image, in the way that the variable FAILURE names."""
+
+    def hook(number: int, maps: Tensor) -> None:
+        if number == 7 and os.environ["FAILURE"] == "not finite":
+            maps.fill_(torch.nan)
+        elif number == 7:
+            os.kill(os.getpid(), signal.Signals[os.environ["FAILURE"]])
+
+    in_the_last_rank(hook)
+    main(config)
+
+
+@pytest.mark.parametrize(
+    ("world", "failure", "kept"),
+    [
+        (1, "SIGKILL", [0]),
+        (1, "SIGTERM", [0]),
+        (2, "SIGKILL", [0, 4]),
+        # Rank 0 finishes its second image, which is kept, and goes no further.
+        (2, "SIGTERM", [0, 4, 8]),
+        (2, "not finite", [0, 4, 8]),
+    ],
+)
 def test_a_run_that_was_ended_goes_on_as_an_unbroken_one(
-    settings: dict[str, Any], tmp_path: Path, number: signal.Signals
+    settings: dict[str, Any], tmp_path: Path, world: int, failure: str, kept: list[int]
 ) -> None:
-    """In the middle of an image, as each has thousands of copies."""
-    settings |= {"n": 3000, "skip": 4}
-    process = ranks.start(main, Config(**settings), tmp_path / "said.txt")
+    settings |= {"skip": 4, "batch_size": 25}
+    port, said = ranks.free_port(), [tmp_path / f"rank_{rank}.txt" for rank in range(world)]
+    processes = [
+        ranks.start(break_off, Config(**settings), file, {**ranks.world_of(rank, world, port), "FAILURE": failure})
+        for rank, file in enumerate(said)
+    ]
     try:
-        end = time.monotonic() + 150
-        folder = tmp_path / "run" / "certificates"
-        while not (folder.is_dir() and any(len(file.read_text().splitlines()) > 1 for file in folder.glob("*.jsonl"))):
-            assert process.is_alive(), (tmp_path / "said.txt").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        assert process.pid is not None
-        os.kill(process.pid, number)
-        process.join(60)
-        assert process.exitcode not in (None, 0)
+        for process in processes:
+            process.join(100)
+        assert all(process.exitcode for process in processes), [file.read_text() for file in said]
     finally:
-        process.kill()
-        process.join()
-    if number == signal.SIGTERM:
-        assert "of 6 images are certified; the same command goes on" in (tmp_path / "said.txt").read_text()
+        for process in processes:
+            process.kill()
+            process.join()
+    if failure == "SIGTERM":
+        for file in said:
+            assert f"{len(kept)} of 6 images are certified; the same command goes on" in file.read_text()
+    if failure == "not finite":
+        assert "not finite under noise" in said[-1].read_text()
+    (certificates,) = (tmp_path / "run" / "certificates").iterdir()
+    assert [row["image"] for row in lines(certificates)[1:]] == kept
     rest = main(Config(**settings))
-    assert 0 < rest["computed"] < 6
+    assert rest["computed"] == 6 - len(kept)
     whole = main(Config(**{**settings, "out": str(tmp_path / "unbroken")}))
     assert without_time(rest["images"]) == without_time(whole["images"])
+    assert values(rest) == values(whole)
+
+
+def be_late(config: Config) -> None:
+    """`main`, but messages of the default group wait for 3 s, and rank 1 takes 5 s longer for an image than rank 0."""
+    make_group = torch.distributed.init_process_group
+
+    def make_impatient_group(*arguments: Any, **options: Any) -> None:
+        make_group(*arguments, **{**options, "timeout": datetime.timedelta(seconds=3)})
+
+    torch.distributed.init_process_group = make_impatient_group
+    in_the_last_rank(lambda number, maps: time.sleep(5) if number == 3 else None)
+    main(config)
+
+
+def test_a_rank_may_take_longer_than_messages_wait(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As where others use its GPU too, or with --skip_wrong on only one rank an image is counted further."""
+    ranks.run_two(be_late, Config(**{**settings, "skip": 4, "batch_size": 25}), tmp_path)
+    (file,) = (tmp_path / "run" / "certificates").iterdir()
+    assert [row["image"] for row in lines(file)[1:]] == [0, 4, 8, 12, 16, 20]
 
 
 def test_two_processes_find_what_one_finds(settings: dict[str, Any], tmp_path: Path, unbroken: dict[str, Any]) -> None:

@@ -401,6 +401,11 @@ def test_shards_are_read_in_their_order(tiny_shards: Path, tmp_path: Path) -> No
     assert drawn.numbers is not None
     assert torch.equal(drawn.images, found.images[drawn.numbers])
     assert torch.equal(drawn.labels, found.labels[drawn.numbers])
+    part = load_images(str(tmp_path), "test", every=20)
+    assert part.numbers is not None
+    assert part.numbers.tolist() == [0, 20, 40, 60, 80, 100, 120]
+    assert torch.equal(part.images, found.images[::20])
+    assert torch.equal(part.labels, found.labels[::20])
     assert load_images(str(tmp_path / "test" / "000001.tar"), "test").images.shape == (47, 3, 32, 32)
     assert load_images(str(tmp_path), "test", size=16).images.shape == (136, 3, 16, 16)
 
@@ -418,6 +423,7 @@ def test_more_than_fits_into_memory_is_refused_before_it_is_decoded(
     with pytest.raises(DataError, match="6 images of 64x64 take .* GiB of memory, more than"):
         load_images(str(tmp_path), "test")
     assert len(load_images(str(tmp_path), "test", count=5)) == 5
+    assert len(load_images(str(tmp_path), "test", most=5)) == 5
     assert len(load_images(str(tmp_path), "test", size=32)) == 6
 
 
@@ -428,6 +434,9 @@ def test_more_than_fits_into_memory_is_refused_before_it_is_decoded(
         ("mnist:/nowhere", {}, "mnist:/nowhere: no such folder or archive"),
         ("mnist:{folder}", {"count": 21}, "21 images asked for, there are 20"),
         ("mnist:{folder}", {"count": -1}, "must not be negative"),
+        ("mnist:{folder}", {"every": 0}, "every 0 must be at least 1"),
+        ("mnist:{folder}", {"most": -1}, "most -1 not negative"),
+        ("mnist:{folder}", {"count": 2, "every": 2}, "it cannot be combined with every 2 and most 0"),
         ("mnist:{folder}", {"size": 32}, "images of 28x28 pixels, the model takes 32x32"),
         ("cifar10:{folder}", {}, "holds no test files of cifar10"),
         ("{folder}/{{0..3}}.tar", {}, "4 of 4 shards are missing"),
@@ -460,6 +469,36 @@ def test_a_draw_depends_on_the_seed_alone_and_takes_no_image_twice(
         assert torch.equal(part.images, whole.images[part.numbers])
         assert torch.equal(part.labels, whole.labels[part.numbers])
     assert load_images(f"mnist:{tmp_path}", "test", count=200).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"every": 6}, [0, 6, 12, 18]),
+        ({"every": 6, "most": 2}, [0, 6]),
+        ({"every": 6, "most": 200}, [0, 6, 12, 18]),
+        ({"most": 3}, [0, 1, 2]),
+        ({"every": 100}, [0]),
+    ],
+)
+def test_a_part_is_named_by_its_numbers_and_is_all_that_is_decoded(
+    part: dict[str, int], expected: list[int], tmp_path: Path
+) -> None:
+    write_idx(tmp_path / "idx")
+    write_folders(tmp_path / "folders", "test", per_class=10)
+    wholes = {data: load_images(data, "test") for data in (f"mnist:{tmp_path / 'idx'}", str(tmp_path / "folders"))}
+    files = sorted((tmp_path / "folders").rglob("*.png"))
+    for number in set(range(20)) - set(expected):
+        files[number].write_bytes(b"no image")
+    for data, whole in wholes.items():
+        found = load_images(data, "test", **part)  # type: ignore[arg-type]
+        assert found.numbers is not None
+        assert found.numbers.tolist() == expected
+        assert torch.equal(found.images, whole.images[expected])
+        assert torch.equal(found.labels, whole.labels[expected])
+        assert found.fingerprint == fingerprint(found.images, found.labels, found.classes)
+    with pytest.raises(DataError, match=r"\.png"):
+        load_images(str(tmp_path / "folders"), "test")
 
 
 def test_a_draw_is_the_same_in_every_release() -> None:
