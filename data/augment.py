@@ -105,9 +105,11 @@ def mirror(images: Tensor, draws: SampleDraws) -> Tensor:
 def low_pass(images: Tensor, bandwidth: int, *, published: bool = False) -> Tensor:
     """Images in [0, 1] with their lowest `bandwidth` frequencies of both axes, clipped to [0, 1].
 
-    published: the filter of the released code, which on batches cuts vertical frequencies only (`kernels.dct`).
+    published: as in the released code, which on batches cuts vertical frequencies only (`kernels.dct`), and clips
+    nothing. A classifier with `low_pass` does the same in its `forward`.
     """
-    return dct.low_pass(images, bandwidth, published=published).clamp(0, 1)
+    filtered = dct.low_pass(images, bandwidth, published=published)
+    return filtered if published else filtered.clamp(0, 1)
 
 
 def pixel_statistics(

@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def open_files(source: str, scratch: Path) -> Folder | Archive:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
         places = _members(source, tar)
         return Archive(source, sorted(places), tar, places)
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{source} is no readable tar archive: {error}") from None
 
 
@@ -160,13 +161,19 @@ def _members(source: str, tar: str) -> dict[str, tuple[int, int]]:
 def mnist_arrays(content: Folder | Archive, split: str | None) -> Arrays | None:
     """Read MNIST (or a set in its format, such as Fashion-MNIST); None when no file is called like it.
 
-    split: "train" or "test" (the t10k files); needed when both are there.
+    split: "train" or "test" (the t10k files); needed when both are there. Raises DataError where there are two such
+    sets, in folders of their own or with names of their own before `train-` (EMNIST).
     """
     files: dict[tuple[str, str], str] = {}
+    sets: dict[tuple[str, str], str] = {}
     for name in content.names:  # sorted, so that an unpacked file comes before its .gz and is preferred
         match = re.search(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$", name)
         if match:
-            files.setdefault(("train" if match[1] == "train" else "test", match[2]), name)
+            key = ("train" if match[1] == "train" else "test", match[2])
+            first = sets.setdefault(key, name[: match.start()])
+            if first != name[: match.start()]:
+                raise DataError(f"{content.path} holds two data sets, {files[key]} and {name}: give one's own folder")
+            files.setdefault(key, name)
     if not files:
         return None
     split = _choose(content.path, sorted({kind for kind, _ in files}), split)
@@ -220,8 +227,10 @@ def cifar_arrays(content: Folder | Archive, split: str | None) -> Arrays | None:
 def _choose(path: str, present: list[str], split: str | None) -> str:
     if split is None and len(present) == 1:
         return present[0]
-    if split not in present:
+    if split is None:
         raise DataError(f"{path} holds {' and '.join(present)}: choose one with --split")
+    if split not in present:
+        raise DataError(f"{path} holds {' and '.join(present)}, but no {split} images")
     return split
 
 
@@ -239,7 +248,7 @@ def _read_idx(
     data, _ = content.read(name)
     try:
         data = gzip.decompress(data) if name.endswith(".gz") else data
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{content.path}/{name} is damaged: {error}") from None
     header = 4 + 4 * dimensions
     if data[:4] != bytes((0, 0, 8, dimensions)) or len(data) < header:

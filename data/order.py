@@ -137,15 +137,19 @@ class EpochOrder:
 
 
 class PassOrder:
-    """The sample numbers `own` as they stand, in batches; a stream gives a block of neighbouring rows of every batch.
+    """Sample numbers as they stand, in batches; a stream gives a block of neighbouring rows of every batch.
 
     Positions are those in `own`, for every stream: each walks through all of the shards and reads its samples only.
     """
 
-    def __init__(self, shards: ShardSet, own: range, *, batch_size: int, streams: int) -> None:
+    def __init__(
+        self, shards: ShardSet, own: range, *, batch_size: int, streams: int, chosen: np.ndarray | None = None
+    ) -> None:
+        """chosen: which numbers of `own`, ascending; None for all."""
         self.own = own
         self.streams = streams
-        self.steps = -(-len(own) // batch_size)
+        self._positions = np.arange(len(own), dtype=np.int64) if chosen is None else chosen - own.start
+        self.steps = -(-len(self._positions) // batch_size)
         self._shards = shards
         self._cuts = [batch_size * stream // streams for stream in range(streams + 1)]
 
@@ -155,9 +159,8 @@ class PassOrder:
 
     def run(self, stream: int) -> np.ndarray:
         """Positions of the stream's samples, ascending: int64, `rows` for each step, fewer for the last."""
-        positions = np.arange(len(self.own), dtype=np.int64)
-        row = positions % self._cuts[-1]
-        return positions[(self._cuts[stream] <= row) & (row < self._cuts[stream + 1])]
+        row = np.arange(len(self._positions)) % self._cuts[-1]
+        return self._positions[(self._cuts[stream] <= row) & (row < self._cuts[stream + 1])]
 
     def numbers(self, stream: int, positions: np.ndarray) -> np.ndarray:
         """Global sample numbers at positions."""

@@ -291,21 +291,19 @@ def _from_shards(data: str, split: str, size: int | None) -> _Found:
     labels = np.full(shards.num_samples, -1, dtype=np.int64)
 
     def read(numbers: np.ndarray) -> np.ndarray:
-        row_of = np.full(shards.num_samples, -1, dtype=np.int64)
-        row_of[numbers] = np.arange(len(numbers))
         images: np.ndarray | None = None
-        progress = Progress(f"images of {data}", shards.num_samples)
-        with open_pass(shards, batch_size=256, transform=None if size is None else EvalTransform(size)) as batches:
+        progress, row = Progress(f"images of {data}", len(numbers)), 0
+        transform = None if size is None else EvalTransform(size)
+        with open_pass(shards, batch_size=256, transform=transform, only=numbers) as batches:
             for batch in batches:
                 if images is None:
                     shape = (len(numbers), *batch["image"].shape[1:])
                     _check_memory(data, shape)
                     images = np.empty(shape, np.uint8)
-                index = batch["index"].numpy()
-                rows = row_of[index]
-                images[rows[rows >= 0]] = batch["image"].numpy()[rows >= 0]
-                labels[index] = batch["label"].numpy()
-                progress.add(len(index))
+                images[row : row + len(batch["index"])] = batch["image"].numpy()
+                labels[batch["index"].numpy()] = batch["label"].numpy()
+                row += len(batch["index"])
+                progress.add(len(batch["index"]))
         progress.close()
         assert images is not None, "shards without samples are refused"
         return images

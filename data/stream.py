@@ -76,6 +76,7 @@ def open_stream(
         workers: decoding processes of this rank; 0 decodes in this process.
         streams: upper limit for the number of canonical streams (Stream.streams says how many there are).
         transform: bytes to uint8 [3, size, size]; None decodes only, and needs images of one size.
+        only: numbers of the samples to read, int64, ascending; the others are passed over undecoded. None: all.
         strict: a shard whose number of samples differs from its count is an error; otherwise a counted loss.
         max_bad_fraction: largest share of this rank's samples of an epoch that may be unusable. A local batch without
             a single usable sample is an error whatever the share.
@@ -115,6 +116,7 @@ def open_pass(
     workers: int = 0,
     transform: Transform | None = None,
     start: int = 0,
+    only: np.ndarray | None = None,
     strict: bool = True,
     max_bad_fraction: float = 0.0,
     allow_pipe: bool = False,
@@ -139,15 +141,24 @@ def open_pass(
     _check_rank(rank, world)
     if batch_size < 1:
         raise DataError(f"a batch of {batch_size} samples; give at least 1")
-    own = range(shards.num_samples * rank // world, shards.num_samples * (rank + 1) // world)
-    batch_size = max(1, min(batch_size, len(own)))
-    workers = min(_usable_workers(workers), batch_size, len(own))
-    order = PassOrder(shards, own, batch_size=batch_size, streams=max(1, workers))
+    chosen: np.ndarray | None = None
+    if only is None:
+        own = range(shards.num_samples * rank // world, shards.num_samples * (rank + 1) // world)
+        samples = len(own)
+    else:
+        if len(only) and not (only[0] >= 0 and only[-1] < shards.num_samples and (np.diff(only) > 0).all()):
+            raise DataError(f"samples to read must be ascending numbers below {shards.num_samples}")
+        chosen = only[len(only) * rank // world : len(only) * (rank + 1) // world]
+        own = range(int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else range(0)
+        samples = len(chosen)
+    batch_size = max(1, min(batch_size, samples))
+    workers = min(_usable_workers(workers), batch_size, samples)
+    order = PassOrder(shards, own, batch_size=batch_size, streams=max(1, workers), chosen=chosen)
     if not 0 <= start <= order.steps:
         raise DataError(f"start batch {start} is outside the {order.steps} batches of rank {rank}")
     shape = _probe(shards, allow_pipe) if transform is None else (transform.size, transform.size)
     spec = Spec(shards, lambda epoch: order, 0, transform, shape, strict, allow_pipe, keep_indexes=False)
-    accounts = _Accounts(max_bad_fraction * len(own), rank, training=False)
+    accounts = _Accounts(max_bad_fraction * samples, rank, training=False)
     return Pass(spec, order, start, accounts, rank=rank, workers=workers)
 
 

@@ -17,6 +17,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +125,32 @@ def test_order_of_a_pass(counts: list[int], batch_size: int, streams: int, draw:
     assert [s.position for s in segments] == [0, *itertools.accumulate(s.length for s in segments)][:-1]
     walked = [shards.shards[s.shard].start + s.first + record for s in segments for record in range(s.length)]
     assert walked == list(own)
+
+
+@given(st.data())
+def test_chosen_samples_alone_are_read(sets: dict[tuple[int, ...], str], draw: st.DataObject) -> None:
+    counts = draw.draw(st.sampled_from([(40,), (7, 1, 0, 12), (9, 8)]))
+    everything = whole_set(counts)
+    only = sorted(draw.draw(st.sets(st.integers(0, len(everything) - 1), max_size=12)))
+    world, workers = draw.draw(st.sampled_from([(1, 0), (1, 2), (3, 0)]))
+    batch_size, decoded = draw.draw(st.integers(1, 9)), []
+
+    @dataclass(frozen=True)
+    class Counting(Plain):
+        def __call__(self, data: bytes, generator: Random) -> torch.Tensor:
+            decoded.append(data.decode())
+            return super().__call__(data, generator)
+
+    found: list[Row] = []
+    for rank in range(world):
+        options: dict[str, Any] = {"rank": rank, "world": world, "workers": workers, "transform": Counting()}
+        with open_pass(sets[counts], batch_size=batch_size, only=np.array(only, dtype=np.int64), **options) as chosen:
+            batches = rows(list(chosen))
+            assert all(len(batch) == min(batch_size, len(only)) for batch in batches[:-1])
+            found += itertools.chain(*batches)
+    assert found == [everything[number] for number in only]
+    if not workers:
+        assert decoded == [everything[number][1] for number in only]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -312,6 +339,8 @@ def test_failing_command_is_an_error(sets: dict[tuple[int, ...], str], workers: 
         ({"start": 11}, "start batch 11 is outside the 10 batches of rank 0"),
         ({"start": -1}, "start batch -1"),
         ({"workers": -1}, "-1 workers"),
+        ({"only": np.array([3, 3])}, "ascending numbers below 40"),
+        ({"only": np.array([3, 40])}, "ascending numbers below 40"),
     ],
 )
 def test_impossible_numbers(sets: dict[tuple[int, ...], str], options: dict[str, Any], message: str) -> None:
