@@ -98,7 +98,8 @@ def named_arrays(name: str, place: str, split: str, scratch: Path) -> Arrays:
         _download(name)
         arrays = _find(name, place, split, scratch)
     if arrays is None:
-        raise DataError(f"{place or cache_folder()} holds no {split} files of {name}: {published.files}")
+        other = f" (a folder of images is named by its path alone, {place})" if os.path.isdir(place) else ""
+        raise DataError(f"{place or cache_folder()} holds no {split} files of {name}: {published.files}{other}")
     if len(arrays.classes) > len(published.classes):
         raise DataError(f"{arrays.path} has labels up to {len(arrays.classes) - 1}: it is not {name}")
     usual = published.counts[split == "test"]

@@ -208,7 +208,8 @@ def _from_files(data: str, split: str, size: int | None, scratch: Path) -> _Foun
     arrays = read_arrays(content, split, NAMED["cifar10"].classes)
     if arrays is not None:
         return _from_arrays(arrays, data, split, size)
-    folders = {part for name in content.names for part in name.split("/")[:-1]}
+    # The folder around a file is its class, which may well be called train.
+    folders = {part for name in content.names for part in name.split("/")[:-2]}
     inside = next((folder for folder in _SPLIT_FOLDERS[split] if folder in folders), None)
     if inside is None:
         others = [folder for names in _SPLIT_FOLDERS.values() for folder in names if folder in folders]

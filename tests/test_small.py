@@ -320,6 +320,12 @@ def test_missing_batches_are_named(tmp_path: Path) -> None:
         load_images(f"cifar10:{tmp_path}", "train")
 
 
+def test_a_folder_of_images_given_as_published_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match=rf"no train files of cifar10: .*by its path alone, {tmp_path}\)"):
+        load_images(f"cifar10:{tmp_path}", "train")
+
+
 # --- Folders, archives, shards ----------------------------------------------------------------------------------------
 
 
@@ -345,6 +351,14 @@ def test_a_folder_without_splits_is_used_whole_and_says_so(tmp_path: Path, caplo
     assert not caplog.text
     with pytest.raises(DataError, match="has a folder test/ but none for the split 'train'"):
         load_images(str(tmp_path), "train")
+
+
+def test_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    for place, folder in enumerate(("bus", "train")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((4, 4, 3), 40 * place, np.uint8)).save(tmp_path / folder / "0.png")
+    found = load_images(str(tmp_path), "train")
+    assert (found.classes, found.labels.tolist()) == (("bus", "train"), [0, 1])
 
 
 def test_an_archive_is_read_like_the_folder(tmp_path: Path) -> None:
