@@ -150,7 +150,7 @@ class _Proxy(fx.Proxy):
 
     _is_param = False  # what isinstance(…, nn.Parameter) asks of tensors
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return Tensor
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.dct import flip as frequency_flip
+from kernels import dct
 from models import ModelError
 from models.small import SMALL_NETS
 from models.towers import outputs, small_net, stated_size, statistics, torchvision_network
@@ -30,7 +30,11 @@ CLASSIFIER_FILE = "classifier.safetensors"
 
 
 class Classifier(nn.Module):
-    """Images in [0, 1] to logits: normalisation, where `flip` the frequency flip, then the network.
+    """Images in [0, 1] to logits: with `low_pass` a filter, normalisation, with `flip` the frequency flip, the network.
+
+    With `low_pass` B the network sees the lowest B frequencies of both axes, clipped to [0, 1]; with
+    `low_pass_published` as in "Hold me tight!": its filter, which cuts vertical frequencies only, and no clipping
+    (`kernels.dct.low_pass`). Attacks go through the filter, and move plain pixels.
 
     With `flip` the network sees T((x - mean) / std), T the reversal of all DCT frequencies (`kernels.dct.flip`), which
     is what "Hold me tight!" calls training on flipped data. T keeps lengths, so an attack on this module, within a ball
@@ -60,6 +64,8 @@ class Classifier(nn.Module):
         std: Sequence[float],
         classes: Sequence[str] | None = None,
         flip: bool = False,
+        low_pass: int = 0,
+        low_pass_published: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -70,6 +76,8 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.classes = None if classes is None else tuple(classes)
         self.flip = flip
+        self.low_pass = low_pass
+        self.low_pass_published = low_pass_published
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
@@ -87,8 +95,15 @@ class Classifier(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (self.channels, size, size):
             expected = f"[N, {self.channels}, {size}, {size}]"
             raise ModelError(f"{self.name}: images of shape {list(images.shape)}; expected {expected}")
-        images = (images - self.mean) / self.std
-        return self.net(frequency_flip(images) if self.flip else images)
+        images = (self.filtered(images) - self.mean) / self.std
+        return self.net(dct.flip(images) if self.flip else images)
+
+    def filtered(self, images: Tensor) -> Tensor:
+        """Images [N, C, S, S] in [0, 1] as they are before normalisation: low-passed, or themselves."""
+        if not self.low_pass:
+            return images
+        images = dct.low_pass(images, self.low_pass, published=self.low_pass_published)
+        return images if self.low_pass_published else images.clamp(0, 1)
 
 
 def load_classifier(
@@ -97,6 +112,8 @@ def load_classifier(
     num_classes: int | None = None,
     weights: bool = True,
     flip: bool | None = None,
+    low_pass: int | None = None,
+    low_pass_published: bool | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
@@ -106,7 +123,8 @@ def load_classifier(
         name: see the table above.
         num_classes: of its logits; None for as many as the weights have, or 10 without weights.
         weights: False gives the same architecture, normalisation and classes with the library's random initialisation.
-        flip: of the classifier; None for what its file says, which only `save_classifier` does, or False.
+        flip, low_pass, low_pass_published: of the classifier; None for what its file says, which only `save_classifier`
+            does, or False and 0.
         mean, std: of pixels in [0, 1]; None for what the file says, or those of `models.small`. The original code has
             files that need others: low-pass CIFAR-10 its own, SmoothAdv's first release a std of 1.
 
@@ -128,8 +146,8 @@ def load_classifier(
             f"{name}: no classifiers are called {library!r}; expected torchvision:, local-dir: or one of "
             f"{', '.join(SMALL_NETS)}"
         )
-    if flip is not None:
-        classifier.flip = flip
+    given = {"flip": flip, "low_pass": low_pass, "low_pass_published": low_pass_published}
+    _transform(classifier, {key: value for key, value in given.items() if value is not None}, name)
     _normalise(classifier, {"mean": mean, "std": std}, name)
     return classifier.eval()
 
@@ -153,6 +171,8 @@ def save_classifier(folder: Path, classifier: Classifier, metadata: Mapping[str,
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
         "flip": classifier.flip,
+        "low_pass": classifier.low_pass,
+        "low_pass_published": classifier.low_pass_published,
         "metadata": dict(metadata),
     }
     file = folder / CLASSIFIER_FILE
@@ -233,8 +253,18 @@ def _with_weights(classifier: Classifier, loaded: Weights | None, weights: bool)
         _normalise(classifier, stated, file)
         classifier.image_size = stated_size(stated, classifier.image_size, file)
         classifier.classes = _classes(stated, classifier.num_classes, file, strict=weights)
-        classifier.flip = stated.get("flip", False) is True
+        _transform(classifier, stated, file)
     return classifier
+
+
+def _transform(classifier: Classifier, values: Mapping[str, Any], where: str | Path) -> None:
+    """Set what `values` says of flip and low-pass filter."""
+    for key in ("flip", "low_pass_published"):
+        setattr(classifier, key, values.get(key, getattr(classifier, key)) is True)
+    low_pass = values.get("low_pass", classifier.low_pass)
+    if isinstance(low_pass, bool) or not isinstance(low_pass, int) or low_pass < 0:
+        raise ModelError(f"{where}: low_pass is {low_pass!r}; expected a number of frequencies, or 0 for all")
+    classifier.low_pass = low_pass
 
 
 def _normalise(classifier: Classifier, values: Mapping[str, Any], where: str | Path) -> None:

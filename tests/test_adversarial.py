@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import importlib
 import json
 import math
 import os
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from data import DataError
-from data.small import load_images, open_batches
+from data.demo import CLASSES
+from data.small import ImageSet, load_images, open_batches
 from data.transforms import unit_interval
 from kernels import dct
 from models import ModelError
@@ -28,8 +31,8 @@ from tests.test_distill import rows, weights_after
 from tests.test_probe import write_shards
 from train import adversarial, loop, robust
 from train.adversarial import Config, eps_at, main, step_lr, triangular_lr
-from train.common import ConfigError, LaunchError, StopRequested, step_seed
-from train.launching import start_accelerator
+from train.common import RECIPES, ConfigError, LaunchError, StopRequested, parse_config, run_script, step_seed
+from train.launching import Agreement, start_accelerator
 
 VOLATILE = ("images_per_second", "data_wait_share", "seconds_left", "memory_mib")
 DRAW = adversarial.draw_loss
@@ -134,6 +137,34 @@ def test_schedules_are_the_published_ones() -> None:
     for epoch in range(20):
         assert eps_at(epoch, 0.25, 10) == pytest.approx(np.min([0.25, (epoch + 1) * 0.25 / 10]))
         assert eps_at(epoch, 0.25, 0) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base", "differences"),
+    [
+        ("cifar_vgg19_flip", "cifar_resnet18_flip", {"model": "vgg19_bn"}),
+        ("cifar_densenet121_flip", "cifar_resnet18_flip", {"model": "densenet121"}),
+        ("cifar_vgg19_flip_adversarial", "cifar_resnet18_flip_adversarial", {"model": "vgg19_bn"}),
+        ("cifar_densenet121_flip_adversarial", "cifar_resnet18_flip_adversarial", {"model": "densenet121"}),
+        ("cifar_resnet18_low_pass", "cifar_resnet18", {"low_pass": 16, "low_pass_published": True, "eps": 0.0}),
+        (
+            "smoothadv_012_pretrained",
+            "smoothadv_012",
+            {"model": "x", "epochs": 30, "lr": 1e-3, "copies": 2, "batch_size": 128},
+        ),
+        ("smoothadv_025_self_training", "smoothadv_025", {"extra": "tiny_images", "extra_weight": 0.1}),
+    ],
+)
+def test_recipes_of_one_paper_differ_in_what_is_published_alone(
+    recipe: str, base: str, differences: dict[str, Any]
+) -> None:
+    def read(name: str) -> dict[str, Any]:
+        text = (RECIPES / f"{name}.yaml").read_text()
+        words = ["--config", str(RECIPES / f"{name}.yaml"), *([] if "\nmodel:" in text else ["--model", "x"])]
+        return vars(parse_config(Config, words, "test", "adversarial_demo.yaml"))
+
+    one, other = read(recipe), read(base)
+    assert {key: value for key, value in one.items() if value != other[key]} == differences | {"out": f"runs/{recipe}"}
 
 
 @pytest.mark.parametrize(("given", "radius"), [(0.5, 0.5), ("0.5", 0.5), ("64/256", 0.25), ("8/255", 8 / 255), (0, 0)])
@@ -379,17 +410,41 @@ def test_weights_of_other_classes_start_a_new_last_layer(settings: dict[str, Any
         main(Config(**{**settings, "epochs": 2}))
 
 
-def test_low_passed_images_are_filtered_and_normalised_by_their_own_statistics(settings: dict[str, Any]) -> None:
-    settings |= {"attack": "none", "sigma": 0.0, "copies": 1, "low_pass": 7, "lr": 0.0, "epochs": 1, "eps": 0}
-    main(Config(**settings))
+@pytest.mark.parametrize("published", [False, True])
+def test_low_passed_images_are_filtered_once_and_normalised_by_their_own_statistics(
+    published: bool, settings: dict[str, Any]
+) -> None:
+    """Standard training with --low_pass is training of the bare net on filtered images; the export holds the filter."""
+    plain = {"attack": "none", "sigma": 0.0, "copies": 1, "batch_size": TRAIN, "epochs": 1, "lr": 0.02, "eps": 0}
+    settings |= plain | {"low_pass": 7, "low_pass_published": published}
+    images, labels = first_batch(settings["data"], TRAIN)
+    filtered = dct.low_pass(images, 7, published=published)
+    filtered = filtered if published else filtered.clamp(0, 1)
+    assert (filtered.min() < 0) == published, "these images put clipping to the test"
+    mean, std = filtered.double().mean().item(), filtered.double().std().item()
+    check_first_step(settings, initial("lenet", mean=(mean,), std=(std,)).train(), filtered, labels)
     net = load_classifier(f"local-dir:{settings['out']}/export")
-    filtered = dct.low_pass(unit_interval(load_images(settings["data"], "train").images).double(), 7).clamp(0, 1)
-    assert net.mean.item() == pytest.approx(filtered.mean().item(), rel=1e-5)
-    assert net.std.item() == pytest.approx(filtered.std().item(), rel=1e-4)
+    assert (net.low_pass, net.low_pass_published) == (7, published)
+    assert net.mean.item() == pytest.approx(mean, rel=1e-5)
+    assert net.std.item() == pytest.approx(std, rel=1e-4)
     test = load_images(settings["data"], "test")
-    seen = dct.low_pass(unit_interval(test.images), 7).clamp(0, 1)
-    right = int((net(seen).argmax(dim=1) == test.labels).sum())
+    right = int((net(unit_interval(test.images)).argmax(dim=1) == test.labels).sum())
     assert results(settings["out"])["test_accuracy"]["correct"] == right
+    other = {"model": f"local-dir:{settings['out']}/export", "low_pass": 0, "low_pass_published": False}
+    main(Config(**{**settings, **other, "out": settings["out"] + "2"}))
+    assert load_classifier(f"local-dir:{settings['out']}2/export").low_pass == 7, "a start keeps its filter"
+
+
+def test_an_attack_goes_through_the_low_pass_filter_and_moves_plain_pixels() -> None:
+    config = Config(data="x", model="lenet", attack="pgd", eps=1.0, attack_steps=1, low_pass=7, order="ball_then_box")
+    net = initial("lenet", low_pass=7)
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.25
+    variable, labels = images.clone().requires_grad_(), torch.arange(4)
+    bare = initial("lenet")
+    loss = torch.nn.functional.cross_entropy(bare(dct.low_pass(variable, 7).clamp(0, 1)), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, variable)
+    moved = robust.perturb(net, images, labels, 1.0, None, None, config)
+    assert torch.allclose(moved, (images + normalised(gradient)).clamp(0, 1), atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,7 +488,91 @@ def test_run_learns_and_its_results_are_those_of_its_export(
     assert results(out) == found
 
 
-def test_gradient_free_attack_runs_and_stays_in_the_ball(settings: dict[str, Any]) -> None:
+def all_rows(out: str) -> list[tuple[str, int]]:
+    lines = (Path(out) / "results.jsonl").read_text().splitlines()
+    return [(row["metric"], row["n"]) for row in map(json.loads, lines)]
+
+
+def test_other_test_images_or_another_number_of_them_are_measured_anew(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = {"attack": "none", "sigma": 0.0, "copies": 1, "epochs": 1, "eps": 0.5, "eval_count": 0}
+    settings |= plain
+    assert "test_robust_accuracy" not in main(Config(**settings))
+    assert "test_robust_accuracy" in main(Config(**{**settings, "eval_count": 20}))
+    write_digits(tmp_path / "other", 30, "t10k", 9)
+    other = {**settings, "eval_count": 20, "test_data": f"mnist:{tmp_path}/other"}
+    found = main(Config(**other))
+    assert main(Config(**other))["test_robust_accuracy"] == found["test_robust_accuracy"]
+    first, second, third = [("test_accuracy", TEST)], [("test_robust_accuracy", 20)], [("test_accuracy", 30)]
+    assert all_rows(settings["out"]) == first + first + second + third + second
+
+
+def test_what_is_measured_does_not_hang_on_the_size_of_the_batch() -> None:
+    net = initial("lenet").eval()
+    sizes: list[int] = []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    count = 250
+    images = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = net(unit_interval(images)).argmax(dim=1)
+    sizes.clear()
+    test = ImageSet(images, labels, tuple("0123456789"), "random", "")
+    numbers = []
+    for batch_size in (250, 4000):
+        config = Config(data="x", model="lenet", sigma=0.5, eps=0.1, batch_size=batch_size, eval_count=120)
+        rows = robust.measure(net, test, config, Agreement(0, 1), torch.device("cpu"), lambda: None)
+        assert max(sizes) == 100
+        assert [row["n"] for row in rows.values()] == [count, count, 120]
+        numbers.append([row["correct"] for row in rows.values()])
+    assert numbers[0] == numbers[1]
+    assert numbers[0][0] == count
+
+
+def test_a_run_that_ends_while_it_measures_leaves_its_classifier(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = robust.measure
+
+    def measure(*arguments: Any) -> dict[str, dict[str, Any]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robust, "measure", measure)
+        with pytest.raises(StopRequested):
+            main(Config(**settings))
+    state = load_classifier(f"local-dir:{settings['out']}/export").net.state_dict()
+    assert not (Path(settings["out"]) / "results.jsonl").exists()
+    assert main(Config(**settings))["test_accuracy"] >= 0
+    after = load_classifier(f"local-dir:{settings['out']}/export").net.state_dict()
+    assert all(torch.equal(state[name], after[name]) for name in state)
+
+
+def test_a_finished_run_goes_on_into_another_folder(settings: dict[str, Any]) -> None:
+    first = main(Config(**{**settings, "eval_count": 10}))
+    checkpoint = next((Path(settings["out"]) / "checkpoints").iterdir())
+    other = {**settings, "eval_count": 10, "out": settings["out"] + "2"}
+    moved = main(Config(**{**other, "resume": str(checkpoint)}))
+    again = main(Config(**other))  # finds a checkpoint of its own there, and does not train from scratch
+    for result in (moved, again):
+        assert result["test_robust_accuracy"] == first["test_robust_accuracy"]
+        assert result["total_steps"] == first["total_steps"]
+    assert not rows(other["out"])
+    assert results(other["out"])["test_accuracy"]["skipped_steps"] == 0
+    weights = [weights_after(out) for out in (settings["out"], other["out"])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_gradient_free_attack_stays_in_the_ball_and_finds_less_than_the_gradient(settings: dict[str, Any]) -> None:
+    config = Config(**{**settings, "attack": "smoothadv_gradient_free", "copies": 4})
+    images = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()  # on the edge of the box
+    noise = noise_by_hand(6, 1, (4, 1, 28, 28), 0.12).flatten(0, 1)
+    moved = robust.perturb(initial("lenet"), images, torch.arange(6), 0.25, noise, None, config)
+    lengths = (moved - images).flatten(1).norm(dim=1)
+    assert lengths.min() > 0.01
+    assert lengths.max() <= 0.25 * (1 + 1e-5)
+    assert moved.min() >= 0
+    assert moved.max() <= 1
     settings |= {"attack": "smoothadv_gradient_free", "copies": 4, "epochs": 1}
     main(Config(**settings))
     free = rows(settings["out"])
@@ -482,6 +621,10 @@ def test_resume_is_bit_for_bit(
     unbroken = main(Config(**whole))
     stop_after(halves, 5, monkeypatch)
     broken = main(Config(**halves))
+    trained = unbroken["total_steps"] * settings["batch_size"]
+    for result, starts in ((unbroken, 1), (broken, 2)):
+        samples = [report["samples"] for report in result["data_reports"]]
+        assert (len(samples), sum(samples)) == (starts, trained), "images that were trained on, and no others"
     first, second = weights_after(whole["out"]), weights_after(halves["out"])
     assert first.keys() == second.keys()
     assert any(name.endswith("/momentum_buffer") for name in first)
@@ -508,6 +651,29 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_one_process_goes_on(
     main(Config(**whole))
     for a, b in zip(rows(whole["out"]), rows(settings["out"]), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), a["step"]
+
+
+@pytest.mark.timeout(200)
+def test_processes_with_other_test_images_say_so(settings: dict[str, Any], tmp_path: Path) -> None:
+    """They would wait for each other for good: one has fewer batches to measure than the other."""
+    port, config = ranks.free_port(), Config(**{**settings, "data": "mnist", "epochs": 1})
+    processes = []
+    for rank, count in ((0, 40), (1, 120)):
+        folder = tmp_path / str(rank) / "mnist"
+        write_digits(folder, TRAIN, "train", 0)
+        write_digits(folder, count, "t10k", 1)
+        environment = ranks.world_of(rank, 2, port) | {"SHIFTLENS_DATA": str(folder.parent)}
+        processes.append(ranks.start(main, config, tmp_path / f"said_{rank}", environment))
+    try:
+        for process in processes:
+            process.join(100)
+        assert [process.exitcode for process in processes] == [1, 1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert "DataError: images or weights here are not those of rank 0" in (tmp_path / "said_1").read_text()
+    assert not (Path(settings["out"]) / "metrics.jsonl").exists(), "before the first step"
 
 
 @pytest.mark.timeout(200)
@@ -635,8 +801,12 @@ def test_a_non_finite_step_is_skipped_and_leaves_no_trace(
         ({"eps": "8/", "attack": "none", "copies": 1}, "--eps 8/: expected a number"),
         ({"eps": "1/0"}, "--eps 1/0: expected a number"),
         ({"eps": -1.0}, "--eps -1.0: expected a number"),
-        ({"eps": 0}, "--attack smoothadv needs --eps and --attack_steps above 0"),
-        ({"attack_steps": 0}, "--attack smoothadv needs --eps and --attack_steps above 0"),
+        ({"eps": 0, "attack": "pgd", "sigma": 0.0, "copies": 1}, "--attack pgd needs --eps above 0"),
+        ({"attack_steps": 0}, "--attack smoothadv needs --attack_steps and --step_size above 0"),
+        ({"step_size": 0.0}, "--attack smoothadv needs --attack_steps and --step_size above 0"),
+        ({"norm": "linf", "eps": 8.0}, "--eps 8.0: .* no L∞ radius beyond 1 has a meaning; 8/255"),
+        ({"sigma": 25.0}, "--sigma 25 is for pixels .* cannot be above 2; .* give 0.098"),
+        ({"low_pass_published": True}, "--low_pass_published is a kind of --low_pass"),
         ({"sigma": 0.0}, "needs --sigma"),
         ({"attack": "smoothadv_gradient_free", "copies": 1}, "needs --copies of at least 2"),
         ({"attack": "none", "sigma": 0.0}, "--copies above 1 needs --sigma"),
@@ -645,6 +815,7 @@ def test_a_non_finite_step_is_skipped_and_leaves_no_trace(
         ({"lr": float("nan")}, "--lr must be"),
         ({"pad_color": "1,2,red"}, "--pad_color 1,2,red: expected numbers"),
         ({"pad_color": "256"}, "--pad_color 256: expected numbers"),
+        ({"pad_color": "²"}, "--pad_color ²: expected numbers"),
         ({"extra_weight": 0.5}, "need --extra"),
         ({"data": ""}, "--data is missing"),
         ({"model": ""}, "--model is missing"),
@@ -666,6 +837,8 @@ def test_impossible_settings_are_refused_at_once(
         ({"model": "lenet//no/such/file"}, ModelError, "/no/such/file"),
         ({"model": "cifar_resnet20"}, DataError, "32"),
         ({"batch_size": 1000}, DataError, "larger than the data set"),
+        ({"eps": "64"}, ConfigError, "--eps 64: no two images of 1 x 28 x 28 .* 28 apart in L2; .* write 64/255"),
+        ({"sync_batch_norm": True}, ConfigError, "--sync_batch_norm needs GPUs"),
         ({"pad": 2, "pad_color": "1,2,3"}, ConfigError, "--pad_color 1,2,3: .* 1 channels"),
         ({"norm": "linf", "order": "box_then_ball", "resume": "/no/checkpoint"}, ModelError, "/no/checkpoint"),
     ],
@@ -676,6 +849,117 @@ def test_what_cannot_work_is_one_line(
     with pytest.raises(error, match=expected) as caught:
         main(Config(**{**settings, **change}))
     assert one_line(caught)
+
+
+def test_noise_copies_without_an_attack_are_the_ablation_of_radius_0(settings: dict[str, Any]) -> None:
+    main(Config(**{**settings, "eps": 0}))
+    main(Config(**{**settings, "attack": "none", "eps": 0, "out": settings["out"] + "2"}))
+    assert strip(settings["out"]) == strip(settings["out"] + "2")
+
+
+def test_a_color_in_yaml_is_that_of_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: x\nmodel: lenet\npad_color: 0\n")
+    flags = ["--data", "x", "--model", "lenet", "--pad_color", "0"]
+    given = [["--config", str(tmp_path / "recipe.yaml")], flags]
+    configs = [parse_config(Config, words, "test", "adversarial_demo.yaml") for words in given]
+    assert configs[0] == configs[1]
+    assert configs[0].colour == (0,)
+
+
+@pytest.fixture
+def undivided(tmp_path: Path) -> Path:
+    """Class folders zero..nine with two images of 28 px each, not divided into train and test."""
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(CLASSES):
+        (tmp_path / "undivided" / name).mkdir(parents=True)
+        for image in range(2):
+            pixels = generator.integers(0, 200, (28, 28), dtype=np.uint8) + number
+            Image.fromarray(pixels).save(tmp_path / "undivided" / name / f"{image}.png")
+    return tmp_path / "undivided"
+
+
+def test_training_images_are_not_tested_on(settings: dict[str, Any], undivided: Path) -> None:
+    settings |= {"data": str(undivided), "epochs": 1}
+    with pytest.raises(ConfigError, match="--test_data is missing: .* not divided .* or --eval_count 0") as caught:
+        main(Config(**{**settings, "eval_count": 5}))
+    assert one_line(caught)
+    assert "test_accuracy" not in main(Config(**settings))
+    assert not (Path(settings["out"]) / "results.jsonl").exists()
+    assert load_classifier(f"local-dir:{settings['out']}/export").classes == tuple(sorted(CLASSES))
+
+
+@pytest.mark.parametrize("kind", ["mnist:", ""])
+def test_training_files_alone_are_enough_where_nothing_is_measured(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    write_digits(tmp_path / "train_only", TRAIN, "train", 0)
+    settings |= {"data": f"{kind}{tmp_path}/train_only", "epochs": 1}
+    with pytest.raises(DataError, match="no test") as caught:
+        main(Config(**{**settings, "eval_count": 5}))
+    assert one_line(caught)
+    assert "--split" not in str(caught.value)
+    assert "test_accuracy" not in main(Config(**settings))
+
+
+@pytest.mark.timeout(120)
+def test_the_demo_serves_as_extra_and_as_test_images(undivided: Path) -> None:
+    demo: dict[str, Any] = {"data": "demo", "test_data": "demo", "model": "torchvision:resnet18", "eval_count": 3}
+    found = robust.find_data(Config(**demo), 96, 3, torch.device("cpu"))
+    assert found.test is not None
+    assert (len(found.test), found.test.classes) == (3, found.classes)
+    extra = Config(data=str(undivided), extra="demo", model="cifar_resnet20", eval_count=0)
+    with pytest.raises(DataError, match="--extra demo: other classes than --data"):  # found, but sorted otherwise
+        robust.find_data(extra, 32, 3, torch.device("cpu"))
+
+
+def test_a_labeller_or_a_start_with_its_classes_in_another_order_is_not_taken_as_it_is(
+    settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_digits(tmp_path / "extra", 32, "train", 5)
+    source = initial("lenet")
+    source.classes = tuple("9876543210")
+    save_classifier(tmp_path / "source", source, {})
+    plain = {"attack": "none", "sigma": 0.0, "copies": 1, "eps": 0, "epochs": 1, "lr": 0.0, "weight_decay": 0.0}
+    settings |= plain | {"model": "lenet"}
+    labelled = {"extra": f"mnist:{tmp_path}/extra", "extra_labels": f"local-dir:{tmp_path}/source"}
+    with pytest.raises(ConfigError, match="its classes are not those of --data in their order") as caught:
+        main(Config(**{**settings, **labelled}))
+    assert one_line(caught)
+    main(Config(**{**settings, "model": f"local-dir:{tmp_path}/source", "seed": 1, "out": settings["out"] + "2"}))
+    assert "has other classes: all but its last layer is taken" in capfd.readouterr().err
+    trained = load_classifier(f"local-dir:{settings['out']}2/export")
+    assert trained.classes == tuple("0123456789")
+    for name, tensor in source.net.state_dict().items():
+        assert torch.equal(trained.net.state_dict()[name], tensor) != name.startswith("fc3."), name
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "advice"),
+    [
+        ("train.adversarial", "--data demo", "Use a smaller --batch_size or --mixed_precision bf16 in the launch."),
+        (
+            "train.distill",
+            "--data demo",
+            "a smaller --batch_size or more --accumulate pieces or --mixed_precision bf16 in the launch.",
+        ),
+        ("eval.attack", "--data mnist --model lenet --eps 0.5", "Use fewer --images or --precision bf16."),
+        ("eval.visualize", "--preset published", "Use a smaller --batch_size."),
+    ],
+)
+def test_a_full_memory_names_flags_that_the_script_has(
+    script: str, flags: str, advice: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(config: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
+
+    monkeypatch.setattr("sys.argv", [script, *flags.split()])
+    recipe = {"train.distill": "demo", "train.adversarial": "adversarial_demo", "eval.attack": "attack_cifar10"}
+    with pytest.raises(SystemExit) as ended:
+        run_script(full, importlib.import_module(script).Config, "test", f"{recipe.get(script, 'visualize_demo')}.yaml")
+    assert ended.value.code == 1
+    line = capfd.readouterr().err.strip()
+    assert line.startswith("error: CUDA out of memory. Use ")
+    assert line.endswith(advice)
 
 
 def test_test_images_of_other_classes_are_refused(settings: dict[str, Any], colours: str) -> None:
@@ -689,6 +973,7 @@ def test_test_images_of_other_classes_are_refused(settings: dict[str, Any], colo
     ("change", "expected"),
     [
         ({"sigma": 0.25}, "sigma 0.12 -> 0.25"),
+        ({"low_pass": 5}, "low_pass 0 -> 5"),
         ({"eps": "64/255"}, "eps '64/256' -> '64/255'"),
         ({"epochs": 1}, "beyond the 6 steps"),
         ({"resume": "none"}, "holds a run already"),

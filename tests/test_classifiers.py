@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.augment import low_pass
 from kernels.dct import flip
 from models import ModelError
 from models.classifiers import Classifier, load_classifier, save_classifier
@@ -76,6 +77,23 @@ def test_a_flipped_classifier_sees_flipped_data_normalised_as_published() -> Non
     plain = copy.deepcopy(classifier)
     plain.flip = False
     assert not torch.allclose(plain(images), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_low_pass_classifier_sees_what_the_data_transform_makes(published: bool, flipped: bool) -> None:
+    classifier = load_classifier(
+        "cifar_resnet20", weights=False, low_pass=5, low_pass_published=published, flip=flipped
+    )
+    images = pixels(classifier, 4).round()  # in black and white, so that filtering leaves [0, 1]
+    plain = load_classifier("cifar_resnet20", weights=False, flip=flipped)
+    plain.net = classifier.net
+    seen = low_pass(images, 5, published=published)
+    assert (seen.min() < 0) == published
+    assert torch.equal(logits(classifier, images), logits(plain, seen))
+    other = load_classifier("cifar_resnet20", weights=False, low_pass=5, low_pass_published=not published, flip=flipped)
+    other.net = classifier.net
+    assert not torch.allclose(logits(other, images), logits(classifier, images), atol=1e-3)
 
 
 # --- The original research code's files -------------------------------------------------------------------------------
@@ -223,19 +241,22 @@ def test_what_is_saved_is_loaded_again(name: str, tmp_path: Path) -> None:
     classifier = scrambled(load_classifier(name, num_classes=3, weights=False, flip=True))
     classifier.classes = ("cat", "dog", "ship")
     classifier.mean += 0.01
+    classifier.low_pass, classifier.low_pass_published = 9, True
     file = save_classifier(tmp_path / "deep" / "export", classifier, {"recipe": "none", "steps": 7})
     assert file == tmp_path / "deep" / "export" / "classifier.safetensors"
     again = load_classifier(f"local-dir:{file.parent}")
     assert (again.classes, again.num_classes, again.flip) == (("cat", "dog", "ship"), 3, True)
+    assert (again.low_pass, again.low_pass_published) == (9, True)
     assert (again.name, again.architecture) == (f"local-dir:{file.parent}", name)
     assert torch.equal(again.mean, classifier.mean)
     images = pixels(classifier)
     assert torch.equal(logits(again, images), logits(classifier, images))
     by_file = load_classifier(f"{name}/{file}")
-    assert by_file.flip
+    assert (by_file.flip, by_file.low_pass, by_file.low_pass_published) == (True, 9, True)
     assert torch.equal(logits(by_file, images), logits(classifier, images))
     anew = load_classifier(f"local-dir:{file.parent}", num_classes=5, weights=False)
-    assert (anew.num_classes, anew.classes, anew.flip) == (5, None, True)
+    assert (anew.num_classes, anew.classes, anew.flip, anew.low_pass) == (5, None, True, 9)
+    assert load_classifier(f"local-dir:{file.parent}", low_pass=0, flip=False).low_pass == 0
     assert anew(images).shape == (2, 5)
     copied = tmp_path / "copied"
     assert save_classifier(copied, classifier, {"recipe": "none", "steps": 7}).read_bytes() == file.read_bytes()
@@ -341,6 +362,9 @@ def test_pickled_code_is_refused_and_not_run(file: str, tmp_path: Path) -> None:
         ({"classes": [1] * 10}, "expected a list of names"),
         ({"std": [0.0]}, "expected positive numbers"),
         ({"image_size": -1}, "expected a positive number of pixels"),
+        ({"low_pass": -1}, "low_pass is -1; expected a number of frequencies"),
+        ({"low_pass": True}, "low_pass is True; expected a number of frequencies"),
+        ({"low_pass": "16"}, "low_pass is '16'; expected a number of frequencies"),
     ],
 )
 def test_damaged_headers_are_one_line(change: dict[str, Any], said: str, tmp_path: Path) -> None:

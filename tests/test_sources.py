@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,8 @@ def test_mnist(tmp_path: Path) -> None:
     make(folder, ["t10k-labels.idx1-ubyte"], idx(numbers[:4]))
     with pytest.raises(DataError, match="holds test and train: choose one with --split"):
         load(str(folder), tmp_path)
+    with pytest.raises(DataError, match="holds test and train, but no val images"):
+        load(str(folder), tmp_path, split="val")
     with pytest.raises(DataError, match="3 test images but 4 labels"):
         load(str(folder), tmp_path, split="test")
     assert "where mnist has" in load(str(folder), tmp_path, split="train", layout="mnist").notes[0]
@@ -364,6 +367,42 @@ def test_damaged_idx_files(tmp_path: Path, content: bytes, message: str) -> None
     make(folder, ["train-labels-idx1-ubyte.gz"], gzip.compress(idx(np.zeros(5)))[:-6])
     with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz is damaged"):
         load(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize("places", [("MNIST/raw/", "FashionMNIST/raw/"), ("emnist-digits-", "emnist-letters-")])
+def test_two_sets_of_idx_files_in_one_folder_are_refused(places: tuple[str, str], tmp_path: Path) -> None:
+    """None is the one that was meant; the same set packed and unpacked is one."""
+    images, numbers = np.zeros((20, 28, 28)), np.arange(20) % 10
+    for count, place in enumerate(places):
+        assert count == 0 or len(load(str(tmp_path / "root"), tmp_path).names) == 20
+        for part, content in (("images-idx3", images), ("labels-idx1", numbers)):
+            make(tmp_path / "root", [f"{place}train-{part}-ubyte.gz"], gzip.compress(idx(content)))
+            make(tmp_path / "root", [f"{place}train-{part}-ubyte"], idx(content))
+    with pytest.raises(DataError, match="holds two data sets, .*train-.* and .*train-") as caught:
+        load(str(tmp_path / "root"), tmp_path)
+    assert all(place in str(caught.value) for place in places)
+
+
+def damaged(content: bytes) -> bytes:
+    """Packed, with bytes in the middle that make no sense to the unpacker itself."""
+    packed = bytearray(gzip.compress(content))
+    packed[200:300] = b"\xff" * 100
+    with pytest.raises(zlib.error):
+        gzip.decompress(packed)
+    return bytes(packed)
+
+
+def test_bytes_damaged_inside_a_packed_file_are_one_line(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 60, (20, 28, 28))
+    folder = tmp_path / "mnist"
+    make(folder, ["train-images-idx3-ubyte.gz"], damaged(idx(pixels)))
+    make(folder, ["train-labels-idx1-ubyte.gz"], gzip.compress(idx(np.arange(20) % 10)))
+    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz is damaged"):
+        load(str(folder), tmp_path)
+    tar = make_tar(tmp_path / "set.tar", {f"cat/{n}.jpg": pixels[n].astype(np.uint8).tobytes() for n in range(20)})
+    (tmp_path / "set.tar.gz").write_bytes(damaged(Path(tar).read_bytes()))
+    with pytest.raises(DataError, match=r"set.tar.gz is no readable tar archive"):
+        load(str(tmp_path / "set.tar.gz"), tmp_path)
 
 
 def cifar_rows(label_bytes: int, count: int, classes: int) -> tuple[bytes, np.ndarray, list[int]]:

@@ -7,17 +7,19 @@ a smoothed classifier (SmoothAdv, Salman et al. 2019); on plain, frequency-flipp
     accelerate launch train/adversarial.py                                                   built-in demo: 3 min
     accelerate launch train/adversarial.py --config train/recipes/mnist_lenet.yaml           MNIST, one CPU core: 6 min
     accelerate launch --config_file train/launch/gpu_8_bf16.yaml train/adversarial.py \\
-        --config train/recipes/smoothadv_025.yaml                                            CIFAR-10, one node
+        --config train/recipes/smoothadv_025.yaml --sync_batch_norm true                     CIFAR-10, one node
 
 Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
 checkpoints/, results.jsonl (accuracy on test images: clean, under noise, under attack) and export/, a classifier for
-eval/attack.py, eval/certify.py, eval/margins.py and eval/visualize.py. The run continues by itself when the same
-command is started again; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 130, 143, 138).
+eval/attack.py, eval/certify.py and eval/visualize.py. The run continues by itself when the same command is started
+again; Ctrl-C, SIGTERM and SIGUSR1 save first (exit code 130, 143, 138).
 
 A step: noise is drawn; the attack, on the classifier in evaluation mode, moves each image so that the loss over its
 noisy copies grows; the same copies, with the same noise, are the batch that the classifier is trained on. It costs
 --attack_steps + 1 forward and backward passes of batch_size x copies images. Neither a restart nor the number of
-processes changes the order, crops, mirror images or noise (random starts are each process's own, dropout too).
+processes changes the order, crops and mirror images. Noise and random starts come in parts of a batch, as many as its
+first start chose (`robust.Noise`): restarts keep them. Dropout is each process's own, and so are batch norm's
+statistics of a step: of 32 rows of only 4 images on each GPU in the last line above, were it not for --sync_batch_norm.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Config:
     data: str = option(
         "", "training images: mnist, fashion_mnist, cifar10, a folder, archive or shards; demo = built in"
     )
-    test_data: str = option("", "test images; empty = the test split of --data")
+    test_data: str = option("", "test images, as for --data; empty = the test split of --data")
     model: str = option(
         "", "lenet, cifar_resnet110, ...: random weights; NAME/FILE, local-dir:FOLDER: start from those"
     )
@@ -72,9 +74,10 @@ class Config:
     sigma: float = option(0.0, "standard deviation of Gaussian noise on training images, for pixels in [0, 1]")
     copies: int = option(1, "noisy copies of each image, m; a published batch of B rows is --batch_size B / m")
     flip: bool = option(False, "train on images whose DCT frequencies are reversed; becomes part of the classifier")
-    low_pass: int = option(0, "keep the lowest N x N DCT frequencies of each image; 0 = all")
+    low_pass: int = option(0, "the classifier sees the lowest N x N DCT frequencies of an image; 0 = all")
+    low_pass_published: bool = option(False, "the released filter: vertical frequencies only, not clipped to [0, 1]")
     pad: int = option(0, "pixels put around a training image before a random crop to its size")
-    pad_color: str = option("0", "their colour, one number 0..255 per channel, or one for all")
+    pad_color: str | int = option("0", "their colour, one number 0..255 per channel, or one for all")
     mirror: bool = option(False, "mirror half of the training images")
     extra: str = option("", "more training images in memory, as for --data; empty = none")
     extra_labels: str = option("", "classifier that labels them, as for --model; empty = their own labels")
@@ -85,9 +88,12 @@ class Config:
     lr_step: int = option(50, "epochs after which it falls to a tenth, again and again; 0 = triangular, peak at 40 %")
     weight_decay: float = option(1e-4, "L2 penalty, on all parameters as published")
     clip: float = option(0.0, "largest gradient norm; 0 = any")
+    sync_batch_norm: bool = option(False, "batch-norm statistics over all GPUs' images, not those of each GPU")
     seed: int = option(0, "seed of weights, order, augmentation, noise and attacks")
     workers: int = option(2, "decoding processes per training process, for streamed shards")
-    eval_count: int = option(1000, "test images that are attacked at the end, drawn by --seed; 0 = none")
+    eval_count: int = option(
+        1000, "test images that are attacked at the end, drawn by --seed; 0 = none, and none need be there"
+    )
     log_every: int = option(10, "steps between rows of metrics.jsonl")
     save_every: int = option(1000, "steps between checkpoints; one more is always saved at the end")
     out: str = option("runs/adversarial", "run folder")
@@ -114,8 +120,21 @@ class Config:
         if not self.model:
             raise ConfigError("--model is missing: lenet, cifar_resnet110, torchvision:resnet50, ...")
         smooth = self.attack.startswith("smoothadv")
-        if self.attack != "none" and not (self.radius and self.attack_steps):
-            raise ConfigError(f"--attack {self.attack} needs --eps and --attack_steps above 0")
+        if self.attack != "none" and not (self.attack_steps and self.step_size):
+            raise ConfigError(f"--attack {self.attack} needs --attack_steps and --step_size above 0")
+        if self.attack == "pgd" and not self.radius:  # with noise, radius 0 trains on the copies: an ablation
+            raise ConfigError("--attack pgd needs --eps above 0; for standard training say --attack none")
+        if self.norm == "linf" and self.radius > 1:
+            raise ConfigError(
+                f"--eps {self.eps}: pixels lie in [0, 1], so that no L∞ radius beyond 1 has a meaning; 8/255?"
+            )
+        if self.sigma > 2:  # as eval/certify.py has it
+            raise ConfigError(
+                f"--sigma {self.sigma:g} is for pixels in [0, 1] and cannot be above 2; "
+                f"if it counts pixels from 0 to 255, give {self.sigma / 255:.3g}"
+            )
+        if self.low_pass_published and not self.low_pass:
+            raise ConfigError("--low_pass_published is a kind of --low_pass, which is 0")
         if smooth and not self.sigma:
             raise ConfigError(f"--attack {self.attack} needs --sigma, the noise of its copies")
         if self.attack == "smoothadv_gradient_free" and self.copies < 2:
@@ -128,6 +147,7 @@ class Config:
             raise ConfigError("--attack pgd and --sigma: say --attack smoothadv, which attacks under noise")
         if (self.extra_labels or self.extra_weight != 1) and not self.extra:
             raise ConfigError("--extra_labels and --extra_weight need --extra")
+        object.__setattr__(self, "pad_color", str(self.pad_color))  # YAML makes a number of a single one
         _ = self.radius, self.colour  # raise what is wrong with them
 
     @property
@@ -145,8 +165,8 @@ class Config:
     @property
     def colour(self) -> tuple[int, ...]:
         """--pad_color as numbers 0..255. Raises ConfigError where it is none."""
-        values = self.pad_color.split(",")
-        if not all(value.strip().isdigit() and int(value) <= 255 for value in values):
+        values = str(self.pad_color).split(",")
+        if not all(value.strip().isdecimal() and int(value) <= 255 for value in values):
             raise ConfigError(f"--pad_color {self.pad_color}: expected numbers 0..255, such as 150,50,50")
         return tuple(int(value) for value in values)
 
@@ -154,7 +174,7 @@ class Config:
 # A checkpoint made with other values of these cannot be continued; other settings may change between two starts.
 FIXED = [
     *("model", "attack", "norm", "eps", "eps_warmup", "attack_steps", "step_size", "order", "random_start"),
-    *("attack_precision", "sigma", "copies", "flip", "low_pass", "pad", "pad_color", "mirror"),
+    *("attack_precision", "sigma", "copies", "flip", "low_pass", "low_pass_published", "pad", "pad_color", "mirror"),
     *("extra", "extra_labels", "extra_weight", "batch_size", "seed"),
 ]
 
@@ -210,7 +230,6 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     from data.stream import Stream
     from data.tar import ShardSet
     from data.transforms import TrainTransform
-    from eval.robustness import wilson
     from models.classifiers import load_classifier, save_classifier
     from models.weights import load_into, state_sha256
     from train import loop, robust
@@ -223,7 +242,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
 
     # --- Data and classifier ------------------------------------------------------------------------------------------
     with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
+        if "demo" in (config.data, config.test_data, config.extra) and accelerator.is_local_main_process:
             demo.demo_shards("train")
     with agreement.together():
         form = load_classifier(config.model, weights=False)
@@ -239,6 +258,8 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         module = robust.TrainingModule(classifier).train()
         if checkpoint is not None:
             load_into(module, checkpoint.tensors["model"], checkpoint.path)
+        if config.sync_batch_norm:
+            loop.synchronise_batch_norm(module, accelerator)
     module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(loop.trained_parameters(module).values())
     count = sum(map(torch.numel, parameters)) / 1e6
@@ -265,7 +286,8 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         else:
             batches, here = robust.open_memory(data.train, config, agreement, first, state, device, resources)
             stream = batches
-    agreement.same((here, start), "images or weights")
+    test_fingerprint = data.test.fingerprint if data.test is not None else None
+    agreement.same((here, start, test_fingerprint), "images or weights")
     total = loop.count_steps(config, stream.steps_per_epoch, first)
     noises = robust.Noise(config, here["streams"], agreement, device)
     row_weights = None if data.weights is None else data.weights.to(device)
@@ -277,15 +299,17 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         log.info("attack   %s, %s, %s, in %s", config.attack, ball, config.order, config.attack_precision)
     log.info("device   %s, mixed precision %s, %d processes", where, accelerator.mixed_precision, world)
 
-    if folder is not None and first < total:
+    # With nothing left to do, a run that was continued from elsewhere still has to leave a run folder.
+    elsewhere = agreement.share(folder is not None and origin is not None and not (out / "config.yaml").is_file())
+    if folder is not None and (first < total or elsewhere):
         folder.begin(config, accelerator, first, origin)
 
     # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
     saver = loop.Saver(guarded, config, agreement, resources)
     reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
 
-    def save(step: int, *, wait: bool) -> None:
-        reports = reports_before + gather_object([batches.report()])
+    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
+        reports = reports_before + gather_object([report])
         saver.save(step, {"data": here, "data_reports": reports, "start": start}, wait=wait)
 
     local_rows = config.batch_size // world
@@ -294,8 +318,9 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     resources.enter_context(contextlib.closing(progress))
     for step in range(first, total + 1):
         last = step == total
-        if step > first and (last or step % config.save_every == 0):
-            save(step, wait=last)
+        report = batches.report()  # of the steps that are done; what is fetched next may be of none
+        if (step > first and (last or step % config.save_every == 0)) or (last and elsewhere):
+            save(step, report, wait=last)
         if last:
             break
 
@@ -308,7 +333,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
                 failure = error
         if stop := agreement.settle(failure, signals.received):
             if step > first and step % config.save_every:
-                save(step, wait=True)
+                save(step, report, wait=True)
             else:
                 saver.wait()
             raise loop.stopped(stop, step, first, total, out)
@@ -325,7 +350,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         if isinstance(stream, MemoryStream):  # shards were cropped and mirrored when they were decoded
             images = robust.augment(images, batch["index"], config, epoch)
             weights = None if row_weights is None else row_weights[batch["index"]]
-        images = robust.to_pixels(images, config)
+        images = robust.to_pixels(images)
         noise = noises.draw(step, images)
         if config.attack != "none":
             eps = eps_at(epoch, config.radius, config.eps_warmup)
@@ -357,27 +382,41 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
 
     # --- End ----------------------------------------------------------------------------------------------------------
     data_reports = reports_before + gather_object([batches.report()])
+    facts: dict[str, Any] = {
+        "source": "train/adversarial.py",
+        "data": config.data,
+        "data_fingerprint": here["fingerprint"],
+        "steps": total,
+        "seed": config.seed,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "mixed_precision": accelerator.mixed_precision,
+        "config": dataclasses.asdict(config),
+    }
+
+    def export(results: dict[str, dict[str, Any]]) -> None:
+        with agreement.together():
+            if folder is not None:
+                values = {metric: row["value"] for metric, row in results.items()}
+                save_classifier(out / "export", classifier, facts | {"results": values})
 
     def vote() -> None:
         if stop := agreement.settle(None, signals.received):
             raise loop.stopped(stop, total, first, total, out)
 
     agreement.broadcast(module.state_dict().values())  # batch-norm statistics are those of rank 0, which are saved
-    weights_hash = state_sha256(classifier.state_dict())
-    known = [row for row in folder.results() if row.get("weights_sha256") == weights_hash] if folder is not None else []
+    measured: dict[str, Any] = {
+        "weights_sha256": state_sha256(classifier.state_dict()),
+        "test_fingerprint": test_fingerprint,
+        "eval_count": config.eval_count,
+    }
+    known = [row for row in folder.results() if measured.items() <= row.items()] if folder is not None else []
     results: dict[str, dict[str, Any]] = agreement.share({row["metric"]: row for row in known})
-    if not results and data.test is not None:
-        counts = robust.measure(classifier, data.test, config, agreement, device, vote)
-        for metric, (correct, n, facts) in counts.items():
-            results[metric] = {
-                "metric": metric,
-                "value": correct / n,
-                "correct": correct,
-                "n": n,
-                "interval": wilson(correct, n),
-                "interval_kind": "95 % Wilson",
-                **facts,
-            }
+    known_already = results.keys() == robust.metrics(config).keys()
+    if data.test is not None and not known_already:
+        export({})  # whatever becomes of the measurements
+        results = robust.measure(classifier, data.test, config, agreement, device, vote)
+    export(results)
     for metric, row in results.items():
         log.info("result   %s %.2f %% of %d images", metric, 100 * row["value"], row["n"])
     trained = guarded.trained()
@@ -386,28 +425,15 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         if logged:
             final = final or logged[-1]  # nothing was left to do: the last start ended after its last save
             draw_loss(logged, out)
-        facts = {
-            "source": "train/adversarial.py",
-            "data": config.data,
-            "data_fingerprint": here["fingerprint"],
-            "steps": total,
-            "seed": config.seed,
-            "commit": commit(),
-            "date": datetime.date.today().isoformat(),
-            "mixed_precision": accelerator.mixed_precision,
-            "config": dataclasses.asdict(config),
-            "results": {metric: row["value"] for metric, row in results.items()},
-        }
-        save_classifier(out / "export", classifier, facts)
         log.info("written  %s: classifier in export/, curve in loss.png", out)
-        for row in [] if known else results.values():
+        for row in [] if known_already else results.values():
             append_row(
                 out / "results.jsonl",
                 **row,
-                weights_sha256=weights_hash,
+                **measured,
                 start_sha256=start,
                 data_reports=data_reports,
-                skipped_steps=final["skipped_steps"],
+                skipped_steps=guarded.skipped,
                 training_precision={"step": accelerator.mixed_precision, "attack": config.attack_precision},
                 **{name: facts[name] for name in ("data", "data_fingerprint", "seed", "config")},
                 device=str(device),

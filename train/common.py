@@ -186,8 +186,7 @@ def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], descrip
         code, line = 130, "stopped before the run began" if rank == 0 else ""
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported here, so that --help stays fast
-            reason = str(error).splitlines()[0]
-            code, line = 1, f"error: {reason} Use a smaller --batch_size, more --accumulate pieces, or bf16."
+            code, line = 1, f"error: {str(error).splitlines()[0]}{_less_memory(cls)}"
         elif explanation := explain_lost_peer(error):  # in the middle of a step
             code, line = 1, f"error: {explanation}"
         else:
@@ -196,6 +195,20 @@ def run_script(main: Callable[[ConfigType], Any], cls: type[ConfigType], descrip
         print(f"[rank {rank}] {line}" if world > 1 and code in (1, 2) else line, file=sys.stderr, flush=True)
     _leave_process_group()
     sys.exit(code)
+
+
+def _less_memory(cls: type[Any]) -> str:
+    """What a script's own settings offer against a full memory: a sentence, or nothing."""
+    ways = {
+        "batch_size": "a smaller --batch_size",
+        "images": "fewer --images",
+        "accumulate": "more --accumulate pieces",
+        "precision": "--precision bf16",
+        "workers": "--mixed_precision bf16 in the launch",  # scripts that stream images run in the launch's precision
+    }
+    names = {field.name for field in dataclasses.fields(cls)}
+    offered = [way for name, way in ways.items() if name in names]
+    return f" Use {' or '.join(offered)}." if offered else ""
 
 
 def _leave_process_group() -> None:

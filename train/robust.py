@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from torch.nn import functional as F
 
 from attacks.pgd import Norm, draw_from_ball, pgd
 from data import DataError
-from data.augment import SampleDraws, low_pass, mirror, pixel_statistics, random_crop
+from data.augment import SampleDraws, mirror, pixel_statistics, random_crop
 from data.demo import demo_shards
 from data.order import count_streams
 from data.small import ImageSet, MemoryStream, epoch_permutation, load_images, open_batches
 from data.tar import ShardSet, find_shards
 from data.transforms import unit_interval
+from eval.robustness import wilson
 from models import ModelError
 from models.classifiers import Classifier, load_classifier
 from models.weights import state_sha256
@@ -97,18 +99,20 @@ def find_data(config: Any, size: int, channels: int, device: torch.device) -> Da
 
     Raises ConfigError, DataError, ModelError for what is wrong with them.
     """
-    source, held_out = config.data, config.test_data or config.data
-    if source == "demo":
-        source = str(Path(demo_shards("train")).parent)
-        held_out = config.test_data or source
+    source, held_out = located(config.data), located(config.test_data or config.data)
+    if config.norm == "l2" and config.radius > (largest := math.sqrt(channels * size * size)):
+        raise ConfigError(
+            f"--eps {config.eps}: no two images of {channels} x {size} x {size} values in [0, 1] are more than "
+            f"{largest:.4g} apart in L2; if it counts pixels from 0 to 255, write {config.radius:g}/255"
+        )
     if size > IN_MEMORY:
         if config.pad or config.low_pass or config.extra:
             raise ConfigError(
                 f"--pad, --low_pass and --extra are for images in memory, up to {IN_MEMORY} px; {size} px here"
             )
-        if not config.test_data and config.eval_count:
+        if not config.test_data and config.eval_count and config.data != "demo":
             raise ConfigError("--test_data is missing: shards to stream have no test split; or --eval_count 0")
-        shards = find_shards(source)
+        shards = find_shards(demo_shards("train") if config.data == "demo" else source)
         if shards.classes is None:
             raise DataError(f"{source}: the shards do not name their classes; pack them with data/pack.py")
         test = (
@@ -119,8 +123,7 @@ def find_data(config: Any, size: int, channels: int, device: torch.device) -> Da
         found = Data(shards, shards.classes, None, test)
     else:
         train = load_images(source, "train", size=size, channels=channels)
-        test = load_images(held_out, "test", size=size, channels=channels)
-        found = Data(train, train.classes, None, test)
+        found = Data(train, train.classes, None, _held_out(config, held_out, train))
         if config.extra:
             found = _with_extra(config, found, size, channels, device)
     if found.test is not None and found.test.classes != found.classes:
@@ -128,13 +131,40 @@ def find_data(config: Any, size: int, channels: int, device: torch.device) -> Da
     return found
 
 
+def located(name: str) -> str:
+    """Where data are: for `demo` the folder of the built-in ones, which has a folder for each split."""
+    return str(Path(demo_shards("train")).parent) if name == "demo" else name
+
+
+def _held_out(config: Any, name: str, train: ImageSet) -> ImageSet | None:
+    """The test images to `train`; None where there are none and none are asked for."""
+    reason = f"{config.data} is not divided into train and test"
+    try:
+        test = load_images(name, "test", size=train.images.shape[-1], channels=train.images.shape[1])
+    except DataError as error:
+        if config.test_data or config.eval_count:
+            raise
+        reason = str(error)
+    else:
+        if config.test_data or test.fingerprint != train.fingerprint:
+            return test
+    if config.eval_count:
+        raise ConfigError(f"--test_data is missing: {reason}; or --eval_count 0")
+    log.warning("test     nothing is measured at the end: %s", reason)
+    return None
+
+
 def _with_extra(config: Any, found: Data, size: int, channels: int, device: torch.device) -> Data:
     """The training images and, after them, --extra, with labels of its own or those that --extra_labels gives."""
     assert isinstance(found.train, ImageSet)
-    train, extra = found.train, load_images(config.extra, "train", size=size, channels=channels)
+    train, extra = found.train, load_images(located(config.extra), "train", size=size, channels=channels)
     labels, labelled_by = extra.labels, ""
     if config.extra_labels:
         labeller = load_classifier(config.extra_labels, num_classes=len(found.classes))
+        if labeller.classes not in (None, found.classes):
+            raise ConfigError(
+                f"--extra_labels {config.extra_labels}: its classes are not those of --data in their order"
+            )
         labelled_by = state_sha256(labeller.state_dict())
         labels = predicted(labeller.to(device), extra.images, device)
     elif extra.classes != found.classes:
@@ -156,35 +186,39 @@ def predicted(classifier: Classifier, images: Tensor, device: torch.device) -> T
 def load_model(config: Any, data: Data) -> tuple[Classifier, str | None]:
     """The classifier to train on these data, and the hash of the weights that it starts from.
 
-    Without weights in its name: random ones of torch's own initialisation and None. From weights for another number of
-    classes all but the last layer is taken. Low-passed images are normalised by their own statistics, as published,
-    unless weights come with others.
+    Without weights in its name: random ones of torch's own initialisation and None. From weights for other classes, by
+    their number or by their names and order, all but the last layer is taken; weights that name no classes are taken to
+    have these. The low-pass filter is part of the classifier; filtered images are normalised by the statistics of the
+    filtered set, as published, unless weights come with others.
 
     Raises ModelError for what is wrong with the name or the weights.
     """
-    name, classes, flip = config.model, data.classes, config.flip or None
+    name, classes = config.model, data.classes
+    options: dict[str, Any] = {"flip": config.flip or None}
+    if config.low_pass:
+        options |= {"low_pass": config.low_pass, "low_pass_published": config.low_pass_published}
     if not (name.startswith("local-dir:") or "/" in name):
-        classifier = load_classifier(name, num_classes=len(classes), weights=False, flip=flip)
+        classifier = load_classifier(name, num_classes=len(classes), weights=False, **options)
         classifier.classes = classes
         if config.low_pass and isinstance(data.train, ImageSet):
-            statistics = pixel_statistics(data.train.images, lambda pixels: low_pass(pixels, config.low_pass))
+            statistics = pixel_statistics(data.train.images, classifier.filtered)
             for buffer, values in zip((classifier.mean, classifier.std), statistics, strict=True):
                 buffer.copy_(torch.tensor(values).reshape(-1, 1, 1))
         return classifier, None
-    classifier = load_classifier(name, flip=flip)
+    classifier = load_classifier(name, **options)
     start = state_sha256(classifier.state_dict())
-    if classifier.num_classes != len(classes):
+    if classifier.num_classes != len(classes) or classifier.classes not in (None, classes):
         known = classifier.net.state_dict()
-        classifier = load_classifier(name, num_classes=len(classes), weights=False, flip=classifier.flip)
-        fresh = classifier.net.state_dict()
-        kept = {key: value for key, value in known.items() if key in fresh and fresh[key].shape == value.shape}
-        anew = sorted(set(fresh) - set(kept))
+        fresh, wider = (
+            load_classifier(name, num_classes=len(classes) + more, weights=False, **options) for more in (0, 1)
+        )
+        classifier, state = fresh, fresh.net.state_dict()
+        # The last layer is what depends on the number of classes.
+        anew = sorted(key for key, value in wider.net.state_dict().items() if value.shape != state[key].shape)
         if len({key.rpartition(".")[0] for key in anew}) != 1:
-            raise ModelError(
-                f"{name}: more than its last layer differs for {len(classes)} classes: {', '.join(anew[:3])}"
-            )
-        classifier.net.load_state_dict(fresh | kept)
-        log.info("start    %s: all but its last layer, which begins anew for %d classes", name, len(classes))
+            raise ModelError(f"{name}: more than its last layer depends on the classes: {', '.join(anew[:3])}")
+        classifier.net.load_state_dict(known | {key: state[key] for key in anew})
+        log.warning("start    %s has other classes: all but its last layer is taken, which begins anew", name)
     classifier.classes = classes
     return classifier, start
 
@@ -235,10 +269,13 @@ def open_memory(
 
 
 class Noise:
-    """Gaussian noise and starts of attacks, step by step: the same for all numbers of processes and after restarts.
+    """Gaussian noise and starts of attacks, step by step.
 
     The rows of a batch are cut into `parts`, a multiple of the number of processes; each part of each step has a
-    generator of its own.
+    generator of its own, of (seed, step, part). The number of parts is kept in checkpoints: a run has the same noise
+    however often it is restarted, on any number of processes that divides the parts. Two runs have the same noise where
+    their parts are as many: 16 (64 for streamed shards), but for batches or processes that 16 does not suit, and for
+    more processes. A CPU and a GPU draw different numbers.
     """
 
     def __init__(self, config: Any, parts: int, agreement: Agreement, device: torch.device) -> None:
@@ -281,10 +318,9 @@ def augment(images: Tensor, index: Tensor, config: Any, epoch: int) -> Tensor:
     return images
 
 
-def to_pixels(images: Tensor, config: Any) -> Tensor:
-    """Images uint8 [n, C, S, S] → float32 in [0, 1], channels-last; filtered if the settings say so."""
-    pixels = unit_interval(images).contiguous(memory_format=torch.channels_last)
-    return low_pass(pixels, config.low_pass) if config.low_pass else pixels
+def to_pixels(images: Tensor) -> Tensor:
+    """Images uint8 [n, C, S, S] → float32 in [0, 1], channels-last."""
+    return unit_interval(images).contiguous(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,6 +366,19 @@ def perturb(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def metrics(config: Any) -> dict[str, dict[str, Any]]:
+    """What `measure` counts, and what else says what was counted."""
+    found: dict[str, dict[str, Any]] = {"test_accuracy": {}}
+    if config.sigma:
+        found["test_accuracy_under_noise"] = {"sigma": config.sigma}
+    if config.radius and config.eval_count:
+        attack = {"norm": config.norm, "eps": config.radius, "steps": 20, "step_size": 2.5 * config.radius / 20}
+        found["test_robust_accuracy"] = {
+            "attack": attack | {"order": config.order, "random_start": False, "precision": "fp32"}
+        }
+    return found
+
+
 def measure(
     classifier: Classifier,
     test: ImageSet,
@@ -337,8 +386,8 @@ def measure(
     agreement: Agreement,
     device: torch.device,
     vote: Callable[[], None],
-) -> dict[str, tuple[int, int, dict[str, Any]]]:
-    """Of each metric: right answers, images, and what else says what was counted. Processes share the images.
+) -> dict[str, dict[str, Any]]:
+    """The row of results of each metric, with right answers and images. Processes share the images.
 
     test_accuracy is that of all test images, test_accuracy_under_noise that with one draw of --sigma for each image,
     test_robust_accuracy, of --eval_count images, the share of those that are right as they are and after 20 steps of
@@ -346,27 +395,15 @@ def measure(
 
     vote: called by all processes at the same time, before each batch.
     """
-    attack = {
-        "norm": config.norm,
-        "eps": config.radius,
-        "steps": 20,
-        "step_size": 2.5 * config.radius / 20,
-        "order": config.order,
-        "random_start": False,
-        "precision": "fp32",
-    }
-    facts: dict[str, dict[str, Any]] = {"test_accuracy": {}}
-    if config.sigma:
-        facts["test_accuracy_under_noise"] = {"sigma": config.sigma}
+    facts = metrics(config)
     attacked = torch.empty(0, dtype=torch.int64)
-    if config.radius and config.eval_count:
-        facts["test_robust_accuracy"] = {"attack": attack}
+    if "test_robust_accuracy" in facts:
         attacked = torch.from_numpy(epoch_permutation(len(test), config.seed, 0)[: config.eval_count]).sort().values
     counts = {metric: torch.zeros(2, dtype=torch.int64, device=device) for metric in facts}
     generator = torch.Generator(device)
 
     def count(number: int, rows: Tensor, under_attack: bool) -> None:
-        images, labels = to_pixels(test.images[rows].to(device), config), test.labels[rows].to(device)
+        images, labels = to_pixels(test.images[rows].to(device)), test.labels[rows].to(device)
 
         def add(metric: str, right: Tensor) -> None:
             counts[metric] += torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.int64)])
@@ -380,13 +417,15 @@ def measure(
                     noise = torch.empty(images.shape, device=device).normal_(0, config.sigma, generator=generator)
                     add("test_accuracy_under_noise", classifier(images + noise).argmax(dim=1) == labels)
                 return
-        found = pgd(classifier, images, labels, **attack)
+        found = pgd(classifier, images, labels, **facts["test_robust_accuracy"]["attack"])
         with torch.no_grad():
             add("test_robust_accuracy", right & (classifier(found).argmax(dim=1) == labels))
 
     classifier.eval()
-    batches = [(rows, False) for rows in torch.arange(len(test)).split(config.batch_size)]
-    batches += [(rows, True) for rows in attacked.split(config.batch_size) if len(rows)]
+    # Few enough for any device that could train; not by the number of processes, on which no number may depend.
+    at_once = min(config.batch_size, 100 if classifier.image_size <= IN_MEMORY else 25)
+    batches = [(rows, False) for rows in torch.arange(len(test)).split(at_once)]
+    batches += [(rows, True) for rows in attacked.split(at_once) if len(rows)]
     for number, (rows, under_attack) in enumerate(batches):
         if number % agreement.world == 0:
             vote()
@@ -396,4 +435,8 @@ def measure(
         sum(values)
         for values in zip(*gather_object([torch.stack(list(counts.values())).flatten().tolist()]), strict=True)
     ]
-    return {metric: (found[2 * i], found[2 * i + 1], facts[metric]) for i, metric in enumerate(facts)}
+    rows = {}
+    for (metric, fact), correct, n in zip(facts.items(), found[::2], found[1::2], strict=True):
+        shares = {"value": correct / n, "correct": correct, "n": n, "interval": wilson(correct, n)}
+        rows[metric] = {"metric": metric, **shares, "interval_kind": "95 % Wilson", **fact}
+    return rows
