@@ -210,7 +210,7 @@ def _class_folders(paths: Iterable[str], source: str) -> list[str]:
             f"{source} holds images outside class folders: give --val_labels, or --layout flat for WNID_ names"
         )
     if len(above) > 1:
-        raise DataError(f"{source} holds class folders under {', '.join(above[:5])}: choose one with --split")
+        raise DataError(f"{source} holds class folders under {', '.join(above[:5])}: name one of them (pack: --split)")
     return [posixpath.basename(parent) for parent in parents]
 
 

@@ -147,6 +147,8 @@ def identity(config: Config, classifier: Classifier, sha256: str, images: ImageS
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
         "flip": classifier.flip,
+        "low_pass": classifier.low_pass,
+        "low_pass_published": classifier.low_pass_published,
         "images": "/".join(Path(images.name).parts[-2:]),  # wherever they lie
         "classes": list(images.classes),
         "noise": f"{device_type}, version 1",

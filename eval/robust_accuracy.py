@@ -163,6 +163,7 @@ class Passes:
     def _key(self, stage: str, eps: float, budget: Budget, numbers: Numbers) -> str:
         subject = self.subject
         facts = [subject.classifier_sha256, subject.classifier.flip, subject.classifier.mean.flatten().tolist()]
+        facts += [subject.classifier.low_pass, subject.classifier.low_pass_published]
         facts += [subject.classifier.std.flatten().tolist(), subject.data.fingerprint, subject.norm, subject.precision]
         facts += [subject.seed, stage, eps, spent(stage, budget), numbers.tolist()]
         facts += [subject.classifier.mean.device.type, ATTACKS_VERSION]

@@ -180,7 +180,7 @@ def _certify() -> Parser:
     add("model", Literal["cifar_resnet20", "cifar_resnet110", "cifar_resnet18"], "network; weights are random")
     add("n0", PositiveInt, "noisy copies that select the class")
     add("n", PositiveInt, "noisy copies that are counted")
-    command.add_argument("--batch_sizes", type=Counts, default="50,100,200", help="of the original's loop")
+    command.add_argument("--batch_sizes", type=Counts, default="25,50,100", help="of the original's loop")
     add("bf16", Literal["auto", "yes", "no"], "whether bf16 takes part (auto: where the processor multiplies it)")
     add("compile", bool, "whether torch.compile takes part")
     add("rounds", PositiveInt, "runs of each competitor, in turns")

@@ -689,9 +689,11 @@ def test_two_processes_stop_at_the_same_step_and_go_on_as_one(settings: dict[str
     assert len(saved) == 1, run.said()
     assert saved[0].startswith("step_")
     assert f"saved at step {newest_step(Path(settings['out']) / 'checkpoints')} of 40" in run.said()
-    main(Config(**settings))
+    result = main(Config(**settings))
     for a, b in zip(rows(whole["out"]), rows(settings["out"]), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+    assert len(result["data_reports"]) == 3
+    assert sum(report["samples"] for report in result["data_reports"]) == 40 * settings["batch_size"]
 
 
 def test_second_run_in_the_same_folder_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_top_folder_is_passed_over_and_a_split_is_chosen(tmp_path: Path) -> No
     found = load(source, tmp_path, split="test")
     assert labels(found) == {"set/test/a/3.jpg": 0, "set/test/b/4.jpg": 1}
     assert list(found.keys) == ["a-3", "b-4"]
-    with pytest.raises(DataError, match="class folders under set/test, set/train: choose one with --split"):
+    with pytest.raises(DataError, match="class folders under set/test, set/train: name one of them"):
         load(source, tmp_path)
     with pytest.raises(DataError, match="no images under a folder 'val'"):
         load(source, tmp_path, split="val")

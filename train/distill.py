@@ -280,8 +280,8 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     saver = loop.Saver(guarded, config, agreement, resources)
     batches = Prefetch(stream, device)
 
-    def save(step: int, *, wait: bool) -> None:
-        reports = reports_before + gather_object([batches.report()])
+    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
+        reports = reports_before + gather_object([report])
         saver.save(step, {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}, wait=wait)
 
     local_rows = config.batch_size // world
@@ -290,8 +290,9 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     resources.enter_context(contextlib.closing(progress))
     for step in range(first, total + 1):
         last = step == total
+        report = batches.report()  # of the steps that are done; what is fetched next may be of none
         if step > first and (last or step % config.save_every == 0):
-            save(step, wait=last)
+            save(step, report, wait=last)
         if last:
             break
 
@@ -304,7 +305,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 failure = error
         if stop := agreement.settle(failure, signals.received):
             if step > first and step % config.save_every:
-                save(step, wait=True)
+                save(step, report, wait=True)
             else:
                 saver.wait()
             raise loop.stopped(stop, step, first, total, out)

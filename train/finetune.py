@@ -275,9 +275,9 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     saver = loop.Saver(guarded, config, agreement, resources)
     batches = Prefetch(stream, device)
 
-    def save(step: int, *, wait: bool) -> None:
+    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
         sums = sums_of_all_ranks()
-        reports = reports_before + gather_object([batches.report()])
+        reports = reports_before + gather_object([report])
         saver.save(step, {"data": here, "data_reports": reports, "epoch_sums": sums, "start": start}, wait=wait)
 
     local_rows = config.batch_size // world
@@ -286,8 +286,9 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     resources.enter_context(contextlib.closing(progress))
     for step in range(first, total + 1):
         last = step == total
+        report = batches.report()  # of the steps that are done; what is fetched next may be of none
         if step > first and (last or step % config.save_every == 0):
-            save(step, wait=last)
+            save(step, report, wait=last)
         if last:
             break
 
@@ -305,7 +306,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 failure = error
         if stop := agreement.settle(failure, signals.received):
             if step > first and step % config.save_every:
-                save(step, wait=True)
+                save(step, report, wait=True)
             else:
                 saver.wait()
             raise loop.stopped(stop, step, first, total, out)
