@@ -41,6 +41,21 @@ def append_row(path: Path, *, metric: str, value: float, **fields: Any) -> dict[
     return row
 
 
+def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file that have the `needed` keys; what is no such row is left out. None without the file.
+
+    A kill or a full disk cuts lines short, and people edit these files.
+    """
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.keys() >= set(needed):
+                    rows.append(row)
+    return rows
+
+
 def write_synced(path: Path, text: str) -> None:
     """Writes a small text file so that it is on disk, whole, or the old one stays."""
     temporary = path.with_name(f".tmp-{path.name}")

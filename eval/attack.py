@@ -60,7 +60,7 @@ class Config:
 
     model: str = option("", "classifier: cifar_resnet20/FILE, torchvision:resnet50/FILE, local-dir:FOLDER, ...")
     flip: bool = option(False, "the classifier takes frequency-flipped images, which its file may also say")
-    data: str = option("", "mnist, fashion_mnist or cifar10 (`cifar10:PATH` = files there), a folder, shards")
+    data: str = option("", "mnist, fashion_mnist or cifar10 (`cifar10:PATH` = files there), a folder, shards; demo")
     split: Literal["test", "train"] = option("test", "split of the data")
     count: int = option(0, "images, drawn by --seed; 0 = all")
     norm: Literal["l2", "linf"] = option("l2", "norm of the balls")
@@ -157,6 +157,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     import numpy as np
 
     from attacks.ensemble import Budget
+    from data.demo import demo_shards
     from data.small import load_images
     from eval import robust_accuracy
     from eval.robust_accuracy import CLEAN, Passes, Point, Rows, Subject
@@ -164,14 +165,16 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     from models.weights import state_sha256
 
     # --- Classifier and images ----------------------------------------------------------------------------------------
+    with agreement.together():  # one process of each machine builds the demo, the others then find it
+        if config.data == "demo" and accelerator.is_local_main_process:
+            demo_shards("train")
     rows: Rows | None = None
     with agreement.together():
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         size, channels = classifier.image_size, classifier.channels
-        data = load_images(
-            config.data, config.split, count=config.count, seed=config.seed, size=size, channels=channels
-        )
+        source = str(Path(demo_shards("train")).parent) if config.data == "demo" else config.data
+        data = load_images(source, config.split, count=config.count, seed=config.seed, size=size, channels=channels)
         check_classes(classifier, data)
         diagonal = math.sqrt(channels * size * size)
         if config.norm == "l2" and config.radii[-1] > diagonal:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from data.rows import write_synced
+from data.rows import read_rows, write_synced
 
 if TYPE_CHECKING:
     from data.small import ImageSet
 
 Row = dict[str, Any]  # of an image, or of a result
+NEEDED = {"image", "image_sha256", "label", "class", "correct", "seconds"}  # else a row is damaged
 
 
 def image_sha256(images: ImageSet, place: int) -> str:
@@ -68,13 +69,11 @@ class CertificateFile:
 
 def read_certificates(path: Path) -> tuple[Row, dict[int, Row]]:
     """The first line of a file of certificates, and its rows by image. Raises DataError if it is not one."""
-    lines: list[Any] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    if not lines or not isinstance(lines[0], dict) or not {"settings", "title"} <= set(lines[0]):
+    lines = read_rows(path)
+    if not lines or not {"settings", "title"} <= lines[0].keys():
         raise DataError(f"{path}: not a file of certificates; remove it, or use another --out")
-    return lines[0], {row["image"]: row for row in lines[1:] if isinstance(row, dict) and "image" in row}
+    rows = {row["image"]: row for row in lines[1:] if row.keys() >= NEEDED and type(row["image"]) is int}
+    return lines[0], rows
 
 
 def draw_curves(out: Path, chosen: Sequence[int], current: Path) -> None:
@@ -113,7 +112,7 @@ def draw_curves(out: Path, chosen: Sequence[int], current: Path) -> None:
                 np.append(low, 0),
                 np.append(high, 0),
             )
-            label = f"{head['title']}, σ = {head['settings']['sigma']:g}"
+            label = f"{head['title']}, σ = {head['settings']['sigma']:g}, n = {head['settings']['n']:,}"
             axes.plot(grid, 100 * shares, drawstyle="steps-pre", color=colour, label=label, linewidth=1.4)
             axes.fill_between(
                 grid[:-1], 100 * low[:-1], 100 * high[:-1], step="pre", color=colour, alpha=0.2, linewidth=0

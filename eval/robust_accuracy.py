@@ -28,7 +28,7 @@ from torch import Tensor
 from attacks.ensemble import STAGES, Budget, right, search
 from attacks.losses import cross_entropy
 from attacks.pgd import Norm, Precision, evaluate, under_attack
-from data.rows import append_row
+from data.rows import append_row, read_rows, write_synced
 from data.transforms import unit_interval
 from eval.passes import SECONDS_BETWEEN_LINES
 from eval.robustness import wilson
@@ -140,14 +140,11 @@ class Passes:
         self._shown = shown and agreement.rank == 0
         known: dict[str, Columns] = {}
         with agreement.together():
-            if agreement.rank == 0 and file.is_file():
-                content = file.read_text(encoding="utf-8")
-                for line in content.splitlines():
-                    with contextlib.suppress(json.JSONDecodeError):  # a last line cut short by a kill
-                        row = json.loads(line)
-                        known[row["key"]] = row["columns"]
-                if content and not content.endswith("\n"):
-                    file.write_text(f"{content}\n", encoding="utf-8")
+            if agreement.rank == 0:
+                rows = read_rows(file, "key", "columns")
+                known = {row["key"]: row["columns"] for row in rows}
+                if file.is_file():  # anew, so that what is appended does not continue a line that was cut short
+                    write_synced(file, "".join(json.dumps(row) + "\n" for row in rows))
         self._known: dict[str, Columns] = agreement.share(known)
 
     def look(self, numbers: Numbers) -> dict[str, NDArray[np.float64]]:
@@ -372,6 +369,8 @@ def check_gradients(looked: Mapping[str, NDArray[np.float64]]) -> list[Check]:
     correct = looked["right"] == 1
     zero, saturated = (int(looked[name][correct].sum()) for name in ("zero_gradient", "saturated"))
     n = int(correct.sum())
+    if not n:
+        return []
     return [
         Check("gradients are not zero", zero == 0, f"exactly 0 for {zero} of {n} images"),
         Check("the loss is not saturated", saturated == 0, f"exactly 0 in float32 for {saturated} of {n} images"),

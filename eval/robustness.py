@@ -310,4 +310,5 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     share, z = Tally(correct, n).accuracy, NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at the ends, where the difference leaves a rounding.
+    return 0.0 if correct == 0 else max(0.0, centre - half), 1.0 if correct == n else min(1.0, centre + half)

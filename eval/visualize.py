@@ -205,7 +205,8 @@ def visualize(config: Config, signals: StopSignals, resources: contextlib.ExitSt
         names = [name for name in (config.model, config.compare) if name]
         subjects = [load(name, title, config, device) for name, title in zip(names, config.titles, strict=False)]
         if config.color and any(subject.size[0] != 3 for subject in subjects):
-            raise ConfigError(f"--color: {subjects[0].title} takes grey images, which have no hue")
+            grey = next(subject.title for subject in subjects if subject.size[0] != 3)
+            raise ConfigError(f"--color: {grey} takes grey images, which have no hue")
         if config.preset == "published" and any(subject.size[0] != 3 for subject in subjects):
             raise ConfigError("--preset published normalises three colours; grey images need --preset robust")
         folder = None
@@ -280,7 +281,7 @@ def visualize(config: Config, signals: StopSignals, resources: contextlib.ExitSt
     with agreement.together():
         check(subjects, found)
         if folder is not None:
-            rows_of = report(config, subjects, found, out, str(device))
+            rows_of = report(config, subjects, found, search.total, out, str(device))
     log.info("written  %s: results.jsonl, images.safetensors, channels.png", out)
     accelerator.end_training()
     return {"rows": rows_of, "images": found}
@@ -313,7 +314,7 @@ def shown(images: Images, config: Config) -> NDArray[np.float32]:
 
 
 def report(
-    config: Config, subjects: list[Subject], found: list[Images], out: Path, device: str
+    config: Config, subjects: list[Subject], found: list[Images], steps: int, out: Path, device: str
 ) -> list[dict[str, Any]]:
     """Writes images, sheets, rows and the figure, prints the numbers, and returns the rows without provenance."""
     import torch
@@ -330,6 +331,7 @@ def report(
             "n": len(subject.channels),
             "starts": len(images.images),
             "preset": config.preset,
+            "steps": steps,
             "seed": config.seed,
             "config": dataclasses.asdict(config),
             "device": device,

@@ -224,7 +224,10 @@ def test_results_of_another_choice_of_images_are_written_too(settings: dict[str,
 def test_a_line_cut_short_is_computed_again(settings: dict[str, Any], tmp_path: Path, unbroken: dict[str, Any]) -> None:
     main(Config(**{**settings, "count": 8}))
     (file,) = (tmp_path / "run" / "certificates").iterdir()
-    file.write_bytes(file.read_bytes()[:-20])
+    # Beside the line cut short, lines that are no rows.
+    file.write_bytes(file.read_bytes()[:-20] + b'\n12\n{"image": [1]}\n{"image": 7}\n\xff\xfe\n')
+    with open(tmp_path / "run" / "results.jsonl", "ab") as results:
+        results.write(b"5\n")
     again = main(Config(**settings))
     assert again["computed"] == IMAGES - 7
     assert without_time(again["images"]) == without_time(unbroken["images"])

@@ -160,6 +160,10 @@ def test_what_is_there_is_not_computed_again(config: Config, once: Path) -> None
     assert main(config)["computed"] == total - 4
     assert numbers(read(out / "results.jsonl")) == numbers(read(once / "results.jsonl"))
     assert main(config)["computed"] == 0  # the line cut short has not spoilt the one after it
+    for name in ("outcomes.jsonl", "results.jsonl"):
+        with open(out / name, "ab") as file:
+            file.write(b'12\n{"x": 1}\n\xff\xfe\n')
+    assert main(config)["computed"] == 0
     more = main(dataclasses.replace(config, eps="1,2,2.5", attacks="pgd"))
     assert more["computed"] == 3
     assert main(dataclasses.replace(config, seed=1, attacks="apgd_ce", eps="1"))["computed"] == 6

@@ -144,7 +144,10 @@ class Config:
         if self.copies > 1 and not self.sigma:
             raise ConfigError("--copies above 1 needs --sigma: without noise all copies are the same")
         if self.attack == "pgd" and self.sigma:
-            raise ConfigError("--attack pgd and --sigma: say --attack smoothadv, which attacks under noise")
+            raise ConfigError(
+                f"--attack pgd and --sigma {self.sigma:g}: say --attack smoothadv, which attacks under noise, "
+                "or --sigma 0"
+            )
         if (self.extra_labels or self.extra_weight != 1) and not self.extra:
             raise ConfigError("--extra_labels and --extra_weight need --extra")
         object.__setattr__(self, "pad_color", str(self.pad_color))  # YAML makes a number of a single one

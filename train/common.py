@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from data import DataError
-from data.rows import provenance, write_synced
+from data.rows import provenance, read_rows, write_synced
 from models import ModelError
 
 if TYPE_CHECKING:
@@ -302,19 +302,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows; a line cut short by a kill is left out."""
-        return self._rows("metrics.jsonl")
+        return read_rows(self.path / "metrics.jsonl", "step")
 
     def results(self) -> list[dict[str, Any]]:
         """The results reported so far."""
-        return self._rows("results.jsonl")
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        rows = []
-        if (self.path / name).is_file():
-            for line in (self.path / name).read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    rows.append(json.loads(line))
-        return rows
+        return read_rows(self.path / "results.jsonl", "metric", "value")
 
     def forget_after(self, step: int) -> None:
         """Drops rows of steps that a resumed run will do again, so that the curve has each step once."""

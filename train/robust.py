@@ -248,7 +248,7 @@ def open_memory(
         "steps_per_epoch": len(images) // config.batch_size,
     }
     if saved and saved["fingerprint"] != here["fingerprint"]:
-        raise ConfigError(f"--data {config.data}: not the images of the checkpoint")
+        raise ConfigError(f"--data {config.data}: not the images of the checkpoint; use another --out")
     if here["streams"] % agreement.world:
         raise ConfigError(
             f"{agreement.world} processes cannot continue a run whose batches have {here['streams']} parts; "
