@@ -3,13 +3,14 @@
 import datetime
 import os
 import socket
+import time
 
 import pytest
 import torch
 from torch.multiprocessing import start_processes
 
 from data import DataError
-from train.launching import FLAT, SIDE, Agreement, PeerError, grid
+from train.launching import FLAT, SIDE, Agreement, PeerError, PeerLost, grid
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 15, 16, 17, 18, 24, 31, 32, 48, 64, 100, 128, 131, 512, 1000])
@@ -49,3 +50,23 @@ def test_votes_reach_every_rank_of_a_grid() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start_processes(vote, (24, port), nprocs=24, start_method="fork")
+
+
+def meet_nobody(rank: int, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    if rank == 0:
+        time.sleep(0.5)  # the other one waits for this rank's address meanwhile
+        os._exit(0)
+    with pytest.raises(PeerLost, match="ended"):
+        Agreement(rank, world, datetime.timedelta(seconds=30))
+    os._exit(0)
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_ends_before_the_ranks_have_met_is_a_lost_peer() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(meet_nobody, (2, port), nprocs=2, start_method="fork")

@@ -158,8 +158,6 @@ def _start_process_group(backend: str, store: Store) -> None:
     """
     import torch.distributed as dist
 
-    from train.heartbeat import store_is_gone
-
     patience = datetime.timedelta(minutes=10)
     store.set_timeout(patience)
     start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -167,11 +165,9 @@ def _start_process_group(backend: str, store: Store) -> None:
     try:
         dist.init_process_group(backend, store=start, rank=rank, world_size=world, timeout=patience)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        if store_is_gone(reason):
-            raise PeerLost(f"rank 0 ended before the ranks had met ({reason}); look for its last lines") from None
-        if explanation := explain_lost_peer(error):
+        if explanation := _explain_lost_meeting(error):
             raise PeerLost(explanation) from None
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise LaunchError(f"the {backend} process group of {world} ranks did not start ({reason})") from None
 
 
@@ -331,6 +327,16 @@ def explain_lost_peer(error: RuntimeError) -> str:
     return f"another process {what} ({reason}); look for its last lines"
 
 
+def _explain_lost_meeting(error: RuntimeError) -> str:
+    """The same for an error where ranks meet, by way of the store that rank 0 keeps."""
+    from train.heartbeat import store_is_gone
+
+    reason = str(error).partition("\n")[0].rstrip(".")
+    if store_is_gone(reason):
+        return f"rank 0 ended before the ranks had met ({reason}); look for its last lines"
+    return explain_lost_peer(error)
+
+
 # How long a rank waits for the others' votes. Not for a process that dies: that closes its connections, which all
 # notice within a second or so. What needs a limit is a machine that vanishes, or a process that hangs for good.
 #
@@ -366,7 +372,7 @@ class Agreement:
     The channel is gloo even on GPUs: a vote must not wait for the work queued on the device (0.6 ms against a drained
     queue), and it must happen before the step, or a rank without a batch would leave the others in an all-reduce.
 
-    Votes and messages raise PeerLost when another rank has ended, or is not heard of for `patience`.
+    Votes and messages, and the making, raise PeerLost when another rank has ended, or is not heard of for `patience`.
     """
 
     def __init__(self, rank: int, world: int, patience: datetime.timedelta = PATIENCE) -> None:
@@ -380,7 +386,12 @@ class Agreement:
             first = rank - rank // stride % side * stride
             ranks = [first + place * stride for place in range(side)]
             # Only the members of a group make it, else 512 ranks would make 192 groups one after the other.
-            group = dist.new_group(ranks, patience, backend="gloo", use_local_synchronization=True)
+            try:
+                group = dist.new_group(ranks, patience, backend="gloo", use_local_synchronization=True)
+            except RuntimeError as error:
+                if explanation := _explain_lost_meeting(error):
+                    raise PeerLost(explanation) from None
+                raise
             self._lines.append((group, first))
             stride *= side
 
