@@ -42,7 +42,7 @@ def append_row(path: Path, *, metric: str, value: float, **fields: Any) -> dict[
 
 
 def read_rows(path: Path, *needed: str) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file that have the `needed` keys; what is no such row is left out. None without the file.
+    """The rows of a .jsonl file that have the `needed` keys; what is no such row is left out. No file, no rows.
 
     A kill or a full disk cuts lines short, and people edit these files.
     """

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
 from eval.attacking import multiplies_bf16
-from eval.common import check_outputs, spread
-from eval.operations import device
-from eval.turns import ratio, report, seconds_row, speed_up_row, take_turns
+from eval.common import spread
+from eval.turns import ratio, report, run_measurement, seconds_row, speed_up_row, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,22 +109,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     Raises DataError without the device, for a path that cannot be written, and where the networks differ.
     """
-    import torch
-
-    from data.rows import append_row
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DataError("no CUDA device here; --device cpu measures one thread")
-    check_outputs(config.rows, "")
-    if config.device == "cpu":
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-    try:
-        found = measure(config)
-    finally:
-        torch.set_flush_denormal(False)
-    about = {**device(config.device), "config": asdict(config)}
-    rows = [append_row(Path(config.rows), **row, **about) for row in found]
+    rows = run_measurement(config, measure)
     report(f"{config.model}, n0 {config.n0}, n {config.n}", rows)
     return rows
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
-from eval.common import Spread, print_table, spread
+from data import DataError
+from eval.common import Spread, check_outputs, print_table, spread
+from eval.operations import device
 
 Name = TypeVar("Name")
 
@@ -59,6 +63,29 @@ def speed_up_row(value: Spread, competitor: str, against: str, must: float | Non
     """A row of ratios, with its target and whether it was reached."""
     row = {"metric": "speed-up", **value.fields(), "competitor": competitor, "against": against}
     return row if must is None else {**row, "must": must, "verdict": "must" if value.median >= must else "missed"}
+
+
+def run_measurement(config: Any, measure: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Runs `measure` on the config's device, a CPU's with one thread, and appends its rows, with provenance, to `rows`.
+
+    Raises DataError without the device or for a path that cannot be written, before anything is measured.
+    """
+    import torch
+
+    from data.rows import append_row
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("no CUDA device here; --device cpu measures one thread")
+    check_outputs(config.rows, "")
+    if config.device == "cpu":
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    try:
+        found = measure(config)
+    finally:
+        torch.set_flush_denormal(False)
+    about = {**device(config.device), "config": asdict(config)}
+    return [append_row(Path(config.rows), **row, **about) for row in found]
 
 
 def report(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

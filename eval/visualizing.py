@@ -17,16 +17,13 @@ so do its channels, so that the time is multiplied. Weights are random unless a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data import DataError
 from eval.certifying import NormalizeLayer
-from eval.common import check_outputs
-from eval.operations import device
-from eval.turns import ratio, report, seconds_row, speed_up_row, take_turns
+from eval.turns import ratio, report, run_measurement, seconds_row, speed_up_row, take_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,22 +95,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     Raises DataError without the device, for a path that cannot be written, for more channels than the layer has, and
     where the images differ; ModelError for a network that cannot be had.
     """
-    import torch
-
-    from data.rows import append_row
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DataError("no CUDA device here; --device cpu measures one thread")
-    check_outputs(config.rows, "")
-    if config.device == "cpu":
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-    try:
-        found = measure(config)
-    finally:
-        torch.set_flush_denormal(False)
-    about = {**device(config.device), "config": asdict(config)}
-    rows = [append_row(Path(config.rows), **row, **about) for row in found]
+    rows = run_measurement(config, measure)
     report(f"{config.model}, {config.channels} channels of {rows[0]['layer']}", rows)
     return rows
 
