@@ -115,7 +115,9 @@ def load_images(
             found = _from_shards(data, split, size)
         else:
             found = _from_files(data, split, size, scratch)
-        numbers = _drawn(data, found.total, count, seed) if count else np.arange(0, found.total, every)[: most or None]
+        if count > found.total:
+            raise DataError(f"{data}: {count} images asked for, there are {found.total}")
+        numbers = draw_images(found.total, count, seed) if count else np.arange(0, found.total, every)[: most or None]
         images = _with_channels(torch.from_numpy(found.read(numbers)), channels, data)
     labels = torch.from_numpy(np.asarray(found.labels(), dtype=np.int64)[numbers])
     whole = len(numbers) == found.total
@@ -140,10 +142,11 @@ def fingerprint(images: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _drawn(data: str, total: int, count: int, seed: int) -> np.ndarray:
-    """Which images to take: int64, ascending. Only raw draws, which numpy promises never to change."""
-    if count > total:
-        raise DataError(f"{data}: {count} images asked for, there are {total}")
+def draw_images(total: int, count: int, seed: int) -> np.ndarray:
+    """Which `count` of `total` images to take: int64, ascending; all scripts take the same by the same seed.
+
+    Only raw draws, which numpy promises never to change.
+    """
     draws = np.random.PCG64(np.random.SeedSequence([seed, total])).random_raw(total)
     return np.sort(np.argsort(draws, kind="stable")[:count])
 

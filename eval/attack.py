@@ -168,8 +168,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     with agreement.together():  # one process of each machine builds the demo, the others then find it
         if config.data == "demo" and accelerator.is_local_main_process:
             demo_shards("train")
-    rows: Rows | None = None
-    with agreement.together():
+    with agreement.reading(signals):
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         size, channels = classifier.image_size, classifier.channels
@@ -186,6 +185,8 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         subject = Subject(
             classifier.to(device), sha256, data, config.norm, budget, config.precision, config.images, config.seed
         )
+    rows: Rows | None = None
+    with agreement.together():
         if rank == 0:
             folder = RunFolder(out, fresh=False)
             resources.callback(folder.close)

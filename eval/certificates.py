@@ -84,7 +84,7 @@ def draw_curves(out: Path, chosen: Sequence[int], current: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from attacks.smoothing import certified_accuracy
+    from attacks.votes import certified_accuracy
     from eval.figures import COLOURS, STYLE
     from eval.robustness import wilson
 

@@ -43,6 +43,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from attacks.votes import (
+    ABSTAIN,
+    BLOCK,
+    average_certified_radius,
+    certified_accuracy,
+    certified_radius,
+    check_settings,
+    lower_confidence_bound,
+)
 from data import DataError
 from data.rows import append_row
 from eval.certificates import CertificateFile, Row, draw_curves, image_sha256
@@ -95,8 +104,6 @@ class Config:
             raise ConfigError(f"--radii {self.radii}: expected numbers of at least 0")
         if self.skip_wrong and self.mode == "predict":
             raise ConfigError("--skip_wrong is for --mode certify: predict has no second count to skip")
-        from attacks.smoothing import BLOCK, check_settings
-
         if 0 < self.batch_size < BLOCK:
             raise ConfigError(f"--batch_size {self.batch_size} is below the {BLOCK} copies that are drawn at once")
         try:
@@ -165,7 +172,7 @@ def answer(
     """The rows of the images at these places: what is certain about each. Raises ModelError."""
     import torch
 
-    from attacks.smoothing import ABSTAIN, GaussianNoise, certify, predict
+    from attacks.smoothing import GaussianNoise, certify, predict
     from data.transforms import unit_interval
 
     device, start = accelerator.device, time.perf_counter()
@@ -221,7 +228,6 @@ def results(rows: Sequence[Row], config: Config) -> list[Row]:
     """The numbers of a run, from the rows of its images."""
     import numpy as np
 
-    from attacks.smoothing import average_certified_radius, certified_accuracy
     from eval.robustness import wilson
 
     n = len(rows)
@@ -302,7 +308,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
 
     from accelerate.utils import gather_object
 
-    from attacks.smoothing import certified_radius, default_batch_size, lower_confidence_bound, smoothing
+    from attacks.smoothing import default_batch_size, smoothing
     from data import demo
     from models.classifiers import load_classifier
     from models.weights import state_sha256
@@ -311,15 +317,16 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     with agreement.together():  # one process of each machine builds the demo, the others then find it
         if config.data == "demo" and accelerator.is_local_main_process:
             demo.demo_shards("train")
-    folder: RunFolder | None = None
-    file: CertificateFile | None = None
-    with agreement.together():
+    with agreement.reading(signals):
         check_demo(config.model)
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         images = read_images(config, classifier)
         chosen = numbers_of(images)
         settings = identity(config, classifier, sha256, images, device.type)
+    folder: RunFolder | None = None
+    file: CertificateFile | None = None
+    with agreement.together():
         if rank == 0:
             folder = RunFolder(out, fresh=False)
             resources.callback(folder.close)

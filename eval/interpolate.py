@@ -9,7 +9,7 @@ pair: at alpha 0 and 1 the numbers are that script's.
 
     accelerate launch eval/interpolate.py              built-in demo, after train/zero_shot.py, train/finetune.py
     accelerate launch eval/interpolate.py --data /data/shards --start_head heads/zero_shot.safetensors \\
-        --end_head runs/finetune/head.safetensors --save '[0.5]'                                     one GPU
+        --end_head runs/finetune/head.safetensors --save 0.5                                         one GPU
     accelerate launch --config_file train/launch/gpu_8_bf16.yaml eval/interpolate.py --data /data/shards \\
         --start_head heads/zero_shot.safetensors --end_head runs/finetune/head.safetensors           eight GPUs
 

@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from torch.multiprocessing import start_processes
 
 from data import DataError
-from train.launching import FLAT, SIDE, Agreement, PeerError, PeerLost, grid
+from train.common import StopRequested
+from train.launching import FLAT, SIDE, Agreement, PeerError, PeerLost, StopSignals, grid
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 15, 16, 17, 18, 24, 31, 32, 48, 64, 100, 128, 131, 512, 1000])
@@ -70,3 +73,48 @@ def test_a_rank_that_ends_before_the_ranks_have_met_is_a_lost_peer() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start_processes(meet_nobody, (2, port), nprocs=2, start_method="fork")
+
+
+def read_what(rank: int, signals: StopSignals, agreement: Agreement) -> None:
+    with agreement.reading(signals):
+        if rank == 1:
+            raise DataError("of 1")
+
+
+def read_slowly(rank: int, signals: StopSignals, agreement: Agreement, begun: list[int]) -> None:
+    with agreement.reading(signals):
+        begun.append(rank)
+        time.sleep(100 if rank == 1 else 0.1)  # rank 0 hears of the other's signal where it votes
+
+
+def read_for_minutes(rank: int, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    agreement = Agreement(rank, world, datetime.timedelta(seconds=30))
+    with StopSignals() as signals:
+        with agreement.reading(signals):
+            read = rank
+        assert read == rank
+        with pytest.raises(DataError if rank == 1 else PeerError):
+            read_what(rank, signals, agreement)
+        if rank == 1:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        begun: list[int] = []
+        start = time.monotonic()
+        with pytest.raises(StopRequested) as stopped:
+            read_slowly(rank, signals, agreement, begun)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 60
+        with pytest.raises(StopRequested):  # a run that is to stop does not begin to read
+            read_slowly(rank, signals, agreement, begun)
+        assert begun == [rank]
+    os._exit(0)
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_to_one_rank_ends_its_reading_at_once_and_stops_all_ranks() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(read_for_minutes, (2, port), nprocs=2, start_method="fork")

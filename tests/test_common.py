@@ -82,20 +82,26 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--lrr", "1"], "lrr"),
-        (["--dat", "x"], "dat"),
-        (["--lr", "fast"], "lr"),
+        (["--lrr", "1"], "--lrr 1; did you mean --lr?"),
+        (["--dat", "x"], "did you mean --data?"),
+        (["--zzz", "x"], "--help lists all settings"),
+        (["--num_processes", "2"], "before the script"),
+        (["--lr", "fast"], "--lr fast: expected a number"),
+        (["--hidden_blocks", "-1,x", "--data", "x"], "--hidden_blocks x: expected whole numbers, with commas"),
+        (["--hidden_blocks"], "--hidden_blocks"),
+        (["--compile", "perhaps"], "--compile perhaps: expected true or false"),
         (["--lr", "-1", "--data", "x"], "--lr must be"),
         (["--lr", "nan", "--data", "x"], "lr"),
         (["--lr", "inf", "--data", "x"], "lr"),
         (["--batch_size", "0", "--data", "x"], "--batch_size must be at least 1"),
-        (["--kind", "l7"], "kind"),
+        (["--kind", "l7"], "--kind l7: expected mse or "),
         (["--steps", "-3", "--data", "x"], "--steps must not be negative"),
         (["--max_bad_fraction", "2", "--data", "x"], "max_bad_fraction"),
         (["--feature_weight", "0", "--data", "x"], "all loss weights"),
         (["--epochs", "0", "--data", "x"], "give --epochs or --steps"),
         (["--gram_weight", "1", "--gram_blocks", "[]", "--data", "x"], "--gram_blocks names no block"),
-        (["--config", "/no/such/file.yaml"], "No such file"),
+        (["--config", "/no/such/file.yaml"], "No such file or directory"),
+        (["--config", "train/recipes/rn5.yaml"], "did you mean rn50.yaml"),
         (["--config", str(RECIPES / "rn50.yaml")], "--data is missing"),
     ],
 )
@@ -125,6 +131,12 @@ def test_wrong_recipes_are_one_line(tmp_path: Path, text: str, expected: str) ->
         parse("--config", str(file))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_lists_are_given_with_commas() -> None:
+    for argv in (["--hidden_blocks", "-1,0"], ["--hidden_blocks=-1,0"], ["--hidden_blocks", "[-1, 0]"]):
+        assert parse("--data", "x", *argv).hidden_blocks == [-1, 0]
+    assert parse("--data", "x", "--hidden_blocks", "-2").hidden_blocks == [-2]
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:

@@ -517,7 +517,7 @@ def test_a_part_is_named_by_its_numbers_and_is_all_that_is_decoded(
 
 def test_a_draw_is_the_same_in_every_release() -> None:
     """Published figures name their images by it."""
-    assert small._drawn("x", 10000, 5, 0).tolist() == [1606, 3187, 7134, 7212, 7500]
+    assert small.draw_images(10000, 5, 0).tolist() == [1606, 3187, 7134, 7212, 7500]
     assert small.epoch_permutation(1000, 0, 1)[:5].tolist() == [7, 720, 259, 289, 130]
 
 

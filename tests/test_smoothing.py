@@ -16,7 +16,19 @@ from scipy import stats
 from torch import Tensor, nn
 
 from attacks import smoothing
-from attacks.smoothing import ABSTAIN, BLOCK, GaussianNoise, Stage
+from attacks.smoothing import GaussianNoise, Stage
+from attacks.votes import (
+    ABSTAIN,
+    BLOCK,
+    average_certified_radius,
+    certified_accuracy,
+    certified_radius,
+    certify_counts,
+    check_settings,
+    lower_confidence_bound,
+    needed_samples,
+    predict_counts,
+)
 from models.classifiers import Classifier, load_classifier
 
 CPU = torch.device("cpu")
@@ -70,10 +82,10 @@ def lenet(goldens: Path) -> Classifier:
 
 def test_bounds_and_radii_are_the_originals(goldens: Path) -> None:
     golden = np.load(goldens / "smoothing_stats.npz")
-    bound = smoothing.lower_confidence_bound(golden["nA"], golden["n"], golden["alpha"])
+    bound = lower_confidence_bound(golden["nA"], golden["n"], golden["alpha"])
     np.testing.assert_allclose(bound, golden["pABar"], rtol=0, atol=1e-10)
     np.testing.assert_array_equal(bound < 0.5, golden["abstain"])
-    radii = smoothing.certified_radius(bound, golden["sigmas"][:, None])
+    radii = certified_radius(bound, golden["sigmas"][:, None])
     np.testing.assert_allclose(radii, golden["radius"], rtol=0, atol=1e-8)
 
 
@@ -83,7 +95,7 @@ def test_certificates_from_votes_are_the_originals(goldens: Path) -> None:
         counts0, counts = golden["cert_counts0"][case], golden["cert_counts"][case]
         assert (counts0.sum(), counts.sum()) == (golden["cert_n0"][case], golden["cert_n"][case])
         alpha, sigma = float(golden["cert_alpha"][case]), float(golden["cert_sigma"][case])
-        classes, radii = smoothing.certify_counts([counts0], [counts], alpha, sigma)
+        classes, radii = certify_counts([counts0], [counts], alpha, sigma)
         assert classes.tolist() == [golden["cert_class"][case]]
         assert radii[0] == pytest.approx(golden["cert_radius"][case], rel=0, abs=1e-8)
 
@@ -91,7 +103,7 @@ def test_certificates_from_votes_are_the_originals(goldens: Path) -> None:
 def test_predictions_from_votes_are_the_originals(goldens: Path) -> None:
     golden = np.load(goldens / "smoothing_stats.npz")
     for alpha, expected in zip(golden["predict_alphas"], golden["predict_out"], strict=True):
-        classes, p_values = smoothing.predict_counts(golden["predict_counts"], float(alpha))
+        classes, p_values = predict_counts(golden["predict_counts"], float(alpha))
         np.testing.assert_array_equal(classes, expected)
         np.testing.assert_allclose(p_values, golden["predict_pvalue"], rtol=0, atol=1e-12)
 
@@ -102,7 +114,7 @@ def test_predictions_from_votes_are_the_originals(goldens: Path) -> None:
 def test_p_values_are_those_of_scipys_test(first: int, second: int, others: int) -> None:
     others = min(others, first, second)
     hypothesis.assume(first + second > 0)
-    p_value = smoothing.predict_counts([[first, others, second]], 0.01)[1][0]
+    p_value = predict_counts([[first, others, second]], 0.01)[1][0]
     expected = stats.binomtest(max(first, second), first + second, 0.5).pvalue
     assert p_value == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
@@ -115,20 +127,20 @@ def test_a_bound_exceeds_the_true_probability_with_a_chance_of_at_most_alpha(
 ) -> None:
     """Exactly: over all outcomes, weighted by their probabilities."""
     votes = np.arange(n + 1)
-    wrong = smoothing.lower_confidence_bound(votes, n, alpha) > share
+    wrong = lower_confidence_bound(votes, n, alpha) > share
     assert stats.binom.pmf(votes[wrong], n, share).sum() <= alpha * (1 + 1e-9)
 
 
 def test_a_unanimous_vote_needs_so_many_copies() -> None:
-    assert smoothing.needed_samples(0.001) == 10
-    assert smoothing.needed_samples(0.001, "predict") == 11
+    assert needed_samples(0.001) == 10
+    assert needed_samples(0.001, "predict") == 11
     for alpha in (0.4, 0.3, 0.05, 0.01, 1e-3, 1e-6, 1e-12):
-        n = smoothing.needed_samples(alpha)
-        assert smoothing.certify_counts([[n, 0]], [[n, 0]], alpha, 1.0)[0] == [0]
-        assert n == 1 or smoothing.certify_counts([[n, 0]], [[n - 1, 0]], alpha, 1.0)[0] == [ABSTAIN]
-        n = smoothing.needed_samples(alpha, "predict")
-        assert smoothing.predict_counts([[0, n]], alpha)[0] == [1]
-        assert smoothing.predict_counts([[0, n - 1]], alpha)[0] == [ABSTAIN]
+        n = needed_samples(alpha)
+        assert certify_counts([[n, 0]], [[n, 0]], alpha, 1.0)[0] == [0]
+        assert n == 1 or certify_counts([[n, 0]], [[n - 1, 0]], alpha, 1.0)[0] == [ABSTAIN]
+        n = needed_samples(alpha, "predict")
+        assert predict_counts([[0, n]], alpha)[0] == [1]
+        assert predict_counts([[0, n - 1]], alpha)[0] == [ABSTAIN]
 
 
 @pytest.mark.parametrize(
@@ -148,24 +160,24 @@ def test_a_unanimous_vote_needs_so_many_copies() -> None:
 )
 def test_settings_with_which_nothing_can_be_certified_are_refused(changed: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"mode": "certify", "sigma": 0.25, "n0": 100, "n": 1000, "alpha": 0.001}
-    smoothing.check_settings(**settings)
+    check_settings(**settings)
     with pytest.raises(ValueError, match=message):
-        smoothing.check_settings(**{**settings, **changed})
+        check_settings(**{**settings, **changed})
 
 
 def test_impossible_counts_are_refused() -> None:
     for votes, n, alpha in ((5, 4, 0.1), (-1, 4, 0.1), (0, 0, 0.1), (1, 2, 1.0)):
         with pytest.raises(ValueError, match="must"):
-            smoothing.lower_confidence_bound(votes, n, alpha)
+            lower_confidence_bound(votes, n, alpha)
     with pytest.raises(ValueError, match="one class"):
-        smoothing.predict_counts([[3]], 0.1)
+        predict_counts([[3]], 0.1)
 
 
 def test_certified_accuracy_counts_right_classes_up_to_and_at_their_radius() -> None:
     correct, radii = [True, True, False, False], [0.5, 1.0, 2.0, 0.0]
-    shares = [smoothing.certified_accuracy(correct, radii, radius) for radius in (0.0, 0.5, 0.75, 1.0, 1.5)]
+    shares = [certified_accuracy(correct, radii, radius) for radius in (0.0, 0.5, 0.75, 1.0, 1.5)]
     assert shares == [0.5, 0.5, 0.25, 0.25, 0.0]
-    assert smoothing.average_certified_radius(correct, radii) == pytest.approx(1.5 / 4)
+    assert average_certified_radius(correct, radii) == pytest.approx(1.5 / 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def test_radii_stay_within_the_true_distance_to_the_border_of_a_half_space() -> 
         found = smoothing.certify(network, images, noise, sigma=sigma, n0=50, n=200, alpha=alpha)
     distance = model.distance(images)
     votes = np.take_along_axis(found.counts, found.selected[:, None], axis=1)[:, 0]
-    bound = smoothing.lower_confidence_bound(votes, 200, alpha)
+    bound = lower_confidence_bound(votes, 200, alpha)
     share = stats.norm.cdf(np.where(found.selected == 1, distance, -distance) / sigma)
     wrong = bound > share
     assert stats.binomtest(int(wrong.sum()), 400, alpha, alternative="greater").pvalue > 1e-3
@@ -261,7 +273,7 @@ def test_radii_stay_within_the_true_distance_to_the_border_of_a_half_space() -> 
     beyond = certain & (found.radii > true_radius)
     assert np.array_equal(beyond, certain & wrong)  # a radius is too large just where a bound is
     # Nothing is wasted either: far from the border, the radius that so many copies allow.
-    largest = smoothing.certified_radius(smoothing.lower_confidence_bound(200, 200, alpha), sigma)
+    largest = certified_radius(lower_confidence_bound(200, 200, alpha), sigma)
     assert found.radii.max() == pytest.approx(largest)
 
 
@@ -286,8 +298,7 @@ def test_images_of_a_wrong_class_may_be_left_out(lenet: Classifier) -> None:
     for radius in (0.0, 0.1, 0.3):
         correct = [found.classes == labels for found in (whole, part)]
         shares = [
-            smoothing.certified_accuracy(one, found.radii, radius)
-            for one, found in zip(correct, (whole, part), strict=True)
+            certified_accuracy(one, found.radii, radius) for one, found in zip(correct, (whole, part), strict=True)
         ]
         assert shares[0] == shares[1]
 

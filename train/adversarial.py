@@ -247,7 +247,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     with agreement.together():  # one process of each machine builds the demo, the others then find it
         if "demo" in (config.data, config.test_data, config.extra) and accelerator.is_local_main_process:
             demo.demo_shards("train")
-    with agreement.together():
+    with agreement.reading(signals):
         form = load_classifier(config.model, weights=False)
         data = robust.find_data(config, form.image_size, form.channels, device)
         torch.manual_seed(config.seed)

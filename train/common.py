@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from data import DataError
 from data.rows import provenance, read_rows, write_synced
@@ -87,50 +88,84 @@ def check_numbers(
 def parse_config(cls: type[ConfigType], argv: list[str], description: str, recipe: str) -> ConfigType:
     """Reads flags and `--config FILE.yaml` into the frozen dataclass `cls`; flags win over the file.
 
-    Without `--config`, and without `--data` or with `--data demo`, the built-in demo's recipe is read first, so that a
-    bare command runs.
+    Without `--config`, and without `--data` or with `--data demo`, the recipe of that name is read first, so that a
+    bare command runs; rank 0 says so. Lists are given with commas, `--lr 1e-3,1e-2`, or as in YAML.
 
     Raises:
         ConfigError: unknown keys, wrong types, impossible values, an unreadable file: one line.
     """
     import jsonargparse
 
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split()) + _hint(str(message), names))
+            raise ConfigError(_explained(" ".join(str(message).split()), hints))
 
     parser = Parser(description=description, formatter_class=jsonargparse.DefaultHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", action=jsonargparse.ActionConfigFile, help="YAML file of these settings (train/recipes/)"
     )
-    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, help=field.metadata["help"])
-    if not any(_values(argv, "--config")) and all(value == "demo" for value in _values(argv, "--data")):
+    # As one word each, so that a value may begin with a dash, as that of `--hidden_blocks -1,-2` does.
+    argv = _joined(argv, [f"--{name}" for name, kind in hints.items() if typing.get_origin(kind) is list])
+    by_itself = not any(_values(argv, "--config")) and all(value == "demo" for value in _values(argv, "--data"))
+    if by_itself:
         argv = ["--config", str(RECIPES / recipe), *argv]
     for value in _values(argv, "--config"):
         _refuse_duplicate_keys(Path(value))
     settings = vars(parser.parse_args(argv))
     settings.pop("config", None)
+    if by_itself and os.environ.get("RANK", "0") == "0":
+        print(f"recipe   train/recipes/{recipe}, as no --config is given; flags win", file=sys.stderr)
     return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
-def _hint(message: str, names: list[str]) -> str:
-    """What an unknown setting may have been meant to be."""
-    import difflib
+def _joined(argv: list[str], flags: list[str]) -> list[str]:
+    """With values of these flags, whose type is a list, in YAML: `--lr 1e-3,1e-2` becomes `--lr=[1e-3,1e-2]`."""
+    found: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in flags and (equals or (value := next(rest, ""))):
+            found.append(f"{name}={value if value.startswith('[') else f'[{value}]'}")
+        else:
+            found.append(argument)
+    return found
 
-    unknown = re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: --(\w+)", message)
-    if unknown is None:
-        return ""
-    name = unknown[1] or unknown[2]
-    if name in ("compute_environment", "distributed_type", "num_processes"):
-        return "; that is a setting of `accelerate launch --config_file FILE`, before the script"
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else "; --help lists all settings"
+
+def _explained(message: str, hints: dict[str, Any]) -> str:
+    """An error of the parser in the words of the settings, and what an unknown one may have been meant to be."""
+    if wrong := re.match(r'Parser key "(\w+)": .*?Got value: (.*)$', message):
+        name, value = wrong[1], wrong[2]
+        expected = _described(hints[name]) if name in hints else "another value"
+        return f"--{name} {value}: expected {expected}"
+    if unknown := re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: (--\w+)", message):
+        name = unknown[1] or unknown[2]
+        if name.lstrip("-") in ("compute_environment", "distributed_type", "num_processes"):
+            return f"{message}; that is a setting of `accelerate launch --config_file FILE`, before the script"
+        dashes = "--" if unknown[2] else ""  # none in a file
+        return f"{message}{_alike(name, [dashes + other for other in hints]) or '; --help lists all settings'}"
+    return message
+
+
+def _described(kind: Any) -> str:
+    """The values of a type, for people."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        several = {int: "whole numbers", float: "numbers", bool: "true or false", str: "names"}
+        return f"{several[typing.get_args(kind)[0]]}, with commas between them"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "another value")
+
+
+def _alike(name: str, names: list[str]) -> str:
+    """A question about the names that are most like this one; nothing where none is."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _values(argv: list[str], flag: str) -> list[str]:
@@ -150,7 +185,9 @@ def _refuse_duplicate_keys(path: Path) -> None:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        reason = getattr(error, "strerror", None) or "not a text file"
+        alike = "" if path.exists() else _alike(path.name, sorted(file.name for file in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"--config {path}: {reason}{alike}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if isinstance(node, yaml.MappingNode):

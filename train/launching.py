@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from data import DataError
 from data.parallel import signal_when_parent_dies
 from models import ModelError
-from train.common import ConfigError, LaunchError
+from train.common import ConfigError, LaunchError, StopRequested
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -418,6 +418,24 @@ class Agreement:
         except (ConfigError, DataError, ModelError, OSError) as caught:
             error = caught
         self.settle(error)
+
+    @contextlib.contextmanager
+    def reading(self, signals: StopSignals) -> Iterator[None]:
+        """`together` for minutes of reading before the first step: a stop signal ends it where it stands.
+
+        Raises StopRequested on all ranks then, and where a signal came before the block, which must not write results.
+        """
+        stop = self.settle(None, signals.received)
+        error: Exception | None = None
+        if not stop:
+            with signals.ending():
+                try:
+                    yield
+                except (ConfigError, DataError, ModelError, OSError) as caught:
+                    error = caught
+            stop = self.settle(error, signals.received)
+        if stop:
+            raise StopRequested(stop, f"stopped by signal {stop} before the first step")
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -20,12 +20,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks.ensemble import right, search
 from attacks.pgd import Norm, draw_from_ball, pgd
 from data import DataError
 from data.augment import SampleDraws, mirror, pixel_statistics, random_crop
 from data.demo import demo_shards
 from data.order import count_streams
-from data.small import ImageSet, MemoryStream, epoch_permutation, load_images, open_batches
+from data.small import ImageSet, MemoryStream, draw_images, load_images, open_batches
 from data.tar import ShardSet, find_shards
 from data.transforms import unit_interval
 from eval.robustness import wilson
@@ -372,10 +373,7 @@ def metrics(config: Any) -> dict[str, dict[str, Any]]:
     if config.sigma:
         found["test_accuracy_under_noise"] = {"sigma": config.sigma}
     if config.radius and config.eval_count:
-        attack = {"norm": config.norm, "eps": config.radius, "steps": 20, "step_size": 2.5 * config.radius / 20}
-        found["test_robust_accuracy"] = {
-            "attack": attack | {"order": config.order, "random_start": False, "precision": "fp32"}
-        }
+        found["test_robust_accuracy"] = {"attack": "PGD-20", "norm": config.norm, "eps": config.radius}
     return found
 
 
@@ -390,36 +388,34 @@ def measure(
     """The row of results of each metric, with right answers and images. Processes share the images.
 
     test_accuracy is that of all test images, test_accuracy_under_noise that with one draw of --sigma for each image,
-    test_robust_accuracy, of --eval_count images, the share of those that are right as they are and after 20 steps of
-    PGD of length 2.5 eps / 20, as in the tables of the robustness library. All in float32.
+    test_robust_accuracy, of --eval_count images, the share of those that are right as they are and after PGD-20, which
+    is that of eval/attack.py, as are the images by the same --seed and --count. All in float32.
 
     vote: called by all processes at the same time, before each batch.
     """
     facts = metrics(config)
     attacked = torch.empty(0, dtype=torch.int64)
     if "test_robust_accuracy" in facts:
-        attacked = torch.from_numpy(epoch_permutation(len(test), config.seed, 0)[: config.eval_count]).sort().values
+        attacked = torch.from_numpy(draw_images(len(test), config.eval_count, config.seed))
     counts = {metric: torch.zeros(2, dtype=torch.int64, device=device) for metric in facts}
     generator = torch.Generator(device)
 
     def count(number: int, rows: Tensor, under_attack: bool) -> None:
         images, labels = to_pixels(test.images[rows].to(device)), test.labels[rows].to(device)
 
-        def add(metric: str, right: Tensor) -> None:
-            counts[metric] += torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.int64)])
+        def add(metric: str, correct: Tensor) -> None:
+            counts[metric] += torch.stack([correct.sum(), correct.new_tensor(len(correct), dtype=torch.int64)])
 
-        with torch.no_grad():
-            right = classifier(images).argmax(dim=1) == labels
-            if not under_attack:
-                add("test_accuracy", right)
-                if config.sigma:
-                    generator.manual_seed(step_seed(config.seed, number, -1))
-                    noise = torch.empty(images.shape, device=device).normal_(0, config.sigma, generator=generator)
-                    add("test_accuracy_under_noise", classifier(images + noise).argmax(dim=1) == labels)
-                return
-        found = pgd(classifier, images, labels, **facts["test_robust_accuracy"]["attack"])
-        with torch.no_grad():
-            add("test_robust_accuracy", right & (classifier(found).argmax(dim=1) == labels))
+        correct = right(classifier, images, labels)
+        if under_attack:
+            found = search("pgd", classifier, images, labels, norm=config.norm, eps=config.radius, check_images=False)
+            add("test_robust_accuracy", correct & right(classifier, found, labels))
+            return
+        add("test_accuracy", correct)
+        if config.sigma:
+            generator.manual_seed(step_seed(config.seed, number, -1))
+            noise = torch.empty(images.shape, device=device).normal_(0, config.sigma, generator=generator)
+            add("test_accuracy_under_noise", right(classifier, images + noise, labels))
 
     classifier.eval()
     # Few enough for any device that could train; not by the number of processes, on which no number may depend.
