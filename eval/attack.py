@@ -70,12 +70,12 @@ class Config:
     queries: int = option(5000, "of Square; 5000 is the standard")
     checks: bool = option(True, "also attack 64 images with other steps and radii, as a check")
     precision: Literal["fp32", "bf16"] = option("fp32", "of the attacks; whether an image stands is asked in float32")
-    images: int = option(250, "images at a time through the classifier, per process")
+    images: int = option(0, "images at a time through the classifier, per process; 0 = 250 on a GPU, 32 on a CPU")
     seed: int = option(0, "of all chance")
     out: str = option("runs/attack", "run folder")
 
     def __post_init__(self) -> None:
-        check_numbers(self, at_least_1=("steps", "queries", "images"), not_negative=("count", "seed"))
+        check_numbers(self, at_least_1=("steps", "queries"), not_negative=("count", "seed", "images"))
         if not self.model:
             raise ConfigError(
                 "--model is missing: a classifier such as cifar_resnet20/FILE, torchvision:resnet50/IMAGENET1K_V2 or "
@@ -182,8 +182,9 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
                 f"{channels}x{size}x{size} pixels in [0, 1]; {config.radii[-1]:g}/255?"
             )
         budget = Budget(steps=config.steps, queries=config.queries)
+        at_once = config.images or (250 if device.type == "cuda" else 32)
         subject = Subject(
-            classifier.to(device), sha256, data, config.norm, budget, config.precision, config.images, config.seed
+            classifier.to(device), sha256, data, config.norm, budget, config.precision, at_once, config.seed
         )
     rows: Rows | None = None
     with agreement.together():
@@ -195,7 +196,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             rows = Rows(folder, config, subject)
     agreement.same((sha256, data.fingerprint), "classifier or images")
     log.info("model    %s: %d px, %d classes", classifier.name, size, classifier.num_classes)
-    log.info("images   %s: %d, %d at a time", data.name, len(data), config.images)
+    log.info("images   %s: %d, %d at a time", data.name, len(data), at_once)
     log.info("device   %s, attacks in %s", device, config.precision)
 
     # --- Attacks ------------------------------------------------------------------------------------------------------
@@ -208,7 +209,8 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         found, size_in_radii = robust_accuracy.measure(passes, radius, config.names, correct)
         points += found
         largest = max(largest, size_in_radii)
-    checks = robust_accuracy.check_gradients(looked) + robust_accuracy.check_curve(points, largest)
+    checks = [robust_accuracy.check_accuracy(len(correct), subject), *robust_accuracy.check_gradients(looked)]
+    checks += robust_accuracy.check_curve(points, largest)
     if config.checks:
         checks += robust_accuracy.check_attack(passes, config.radii[len(config.radii) // 2], correct)
 

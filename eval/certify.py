@@ -55,7 +55,7 @@ from attacks.votes import (
 from data import DataError
 from data.rows import append_row
 from eval.certificates import CertificateFile, Row, draw_curves, image_sha256
-from eval.common import check_classes, check_demo, print_table
+from eval.common import check_classes, check_demo, near_chance, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, option, run_script
 from train.launching import Agreement, StopSignals, start_accelerator
@@ -418,14 +418,15 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
 
 
 def warn(found: Sequence[Mapping[str, Any]], classifier: Classifier, config: Config) -> None:
-    """A line where the smoothed classifier hardly knows more than chance."""
-    accuracy, high = found[0]["value"], found[0]["interval"][1]
-    if high < 2 / classifier.num_classes or (found[0]["n"] >= 20 and accuracy < 1.5 / classifier.num_classes):
+    """A line where the smoothed classifier shows no more than chance."""
+    accuracy, n = found[0]["value"], found[0]["n"]
+    if near_chance(found[0]["correct"], n, classifier.num_classes):
         log.warning(
-            "accuracy under noise of sigma %g is %.1f %%, near chance: was the classifier trained with such noise, on "
-            "pixels in [0, 1], and are its classes in the order of the data?",
+            "accuracy under noise of sigma %g is %.1f %% of %d images, near chance: was the classifier trained with "
+            "such noise, on pixels in [0, 1], and are its classes in the order of the data?",
             config.sigma,
             100 * accuracy,
+            n,
         )
 
 

@@ -74,6 +74,13 @@ def check_demo(model: str) -> None:
         raise ModelError(f"no {folder} here yet: run `accelerate launch train/adversarial.py` first, or give --model")
 
 
+def near_chance(correct: int, n: int, classes: int) -> bool:
+    """Whether right answers to n images do not show, at 95 %, that more than chance is known of `classes` classes."""
+    from eval.robustness import wilson
+
+    return wilson(correct, n)[0] <= 1 / classes
+
+
 def check_classes(classifier: Classifier, data: ImageSet) -> None:
     """Raises DataError if the data have labels that are not the classifier's."""
     if len(data.classes) != classifier.num_classes or not 0 <= int(data.labels.max()) < classifier.num_classes:

@@ -60,7 +60,7 @@ class SetSettings:
         default_factory=dict,
         metadata={"help": "shards of sets that are elsewhere, by name, as `--sets.imagenet_a SHARDS`"},
     )
-    partial: list[str] = option([], "sets that are samples, e.g. [imagenet]: any number of images, no robustness")
+    partial: list[str] = option([], "sets that are samples, such as imagenet: any number of images, no robustness")
     allow_missing: bool = option(False, "end with 0 where sets are missing, the others having been scored")
     table: str = option("", "CSV of models that the line is fitted to, in percent; empty = the published one")
     images: int = option(256, "images at a time through an encoder, per process")

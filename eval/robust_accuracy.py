@@ -30,6 +30,7 @@ from attacks.losses import cross_entropy
 from attacks.pgd import Norm, Precision, evaluate, under_attack
 from data.rows import append_row, read_rows, write_synced
 from data.transforms import unit_interval
+from eval.common import near_chance
 from eval.passes import SECONDS_BETWEEN_LINES
 from eval.robustness import wilson
 from models import ModelError
@@ -176,6 +177,8 @@ class Passes:
         rounds = -(-len(missing) // agreement.world)
         name = CLEAN if stage == CLEAN else f"{budget.title(stage)}, {subject.norm} {eps:g}"
         last_line = time.monotonic()
+        if missing and self._shown and stage != CLEAN and budget == subject.budget:
+            log.info("%s: %d images in %d batches", name, sum(len(batches[place]) for place in missing), len(missing))
         progress = Progress(0, rounds, subject.images * agreement.world, shown=self._shown)
         with contextlib.closing(progress):
             for turn in range(rounds):
@@ -364,6 +367,13 @@ def check_curve(points: Sequence[Point], largest: float) -> list[Check]:
     return checks
 
 
+def check_accuracy(correct: int, subject: Subject) -> Check:
+    """That the classifier knows the images at all."""
+    n, classes = len(subject.data), subject.classifier.num_classes
+    text = f"{correct} of {n} images are right, in {classes} classes"
+    return Check("clean accuracy is above chance", not near_chance(correct, n, classes), text)
+
+
 def check_gradients(looked: Mapping[str, NDArray[np.float64]]) -> list[Check]:
     """Images that a gradient attack cannot move, among those that the classifier gets right."""
     correct = looked["right"] == 1
@@ -437,7 +447,8 @@ def draw_curves(points: Sequence[Point], subject: Subject, out: Path) -> None:
             axes.errorbar(radii, accuracy, sides, capsize=2, linewidth=1.2, markersize=4, label=label, **style)
         norm = "L∞" if subject.norm == "linf" else "L2"
         axes.set(xlabel=f"{norm} radius (pixels in [0, 1])", ylabel="accuracy, %", ylim=(-2, 102))
-        axes.set_title(printable(f"{subject.classifier.name}, {subject.data.name}, n = {len(subject.data)}", 80))
+        data = "/".join(Path(subject.data.name).parts[-2:])  # of a path, the split and what holds it
+        axes.set_title(printable(f"{subject.classifier.name}, {data}, n = {len(subject.data)}", 80))
         axes.grid(alpha=0.3)
         figure.legend(fontsize=7, loc="outside lower center")
         for suffix in ("png", "svg"):

@@ -293,6 +293,10 @@ def test_run_folder_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already"):
         RunFolder(tmp_path / "mine", fresh=True)
     RunFolder(tmp_path / "mine", fresh=False).close()
+    unused = RunFolder(tmp_path / "unused", fresh=True)
+    unused.close()
+    assert not (tmp_path / "unused").exists()
+    assert (tmp_path / "mine" / "config.yaml").is_file()
 
 
 def test_a_result_is_not_lost_behind_a_line_cut_short(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from eval.robust_accuracy import (
     Passes,
     Point,
     Subject,
+    check_accuracy,
     check_attack,
     check_curve,
     check_gradients,
@@ -142,7 +143,7 @@ def test_radii_in_linf_and_checks(config: Config) -> None:
     assert values["PGD-20", 0.0] == values["clean", 0.0] >= values["PGD-20", 16 / 255]
     names = [check.name for check in result["checks"]]
     assert "radius 0 is clean accuracy" in names
-    assert len(names) == 7
+    assert len(names) == 8
     assert all(check.passed for check in result["checks"])
 
 
@@ -293,6 +294,11 @@ class Sure(nn.Module):
 def test_a_saturated_loss_is_told(config: Config, lenet: nn.Module, tmp_path: Path) -> None:
     looked = passes_on(Sure(lenet), config, tmp_path, BUDGET).look(np.arange(16))
     assert [check.passed for check in check_gradients(looked)] == [False, False]
+
+
+def test_accuracy_that_chance_explains_is_told(config: Config, lenet: nn.Module, tmp_path: Path) -> None:
+    subject = passes_on(lenet, config, tmp_path, BUDGET).subject  # 16 images of 10 classes
+    assert [check_accuracy(correct, subject).passed for correct in (0, 3, 4, 16)] == [False, False, True, True]
 
 
 def test_curves_that_rise_and_points_outside_are_told() -> None:

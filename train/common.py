@@ -295,6 +295,11 @@ class RunFolder:
             raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error})") from None
 
     def close(self) -> None:
+        """Lets others use the folder; one that was made for a run that never began goes away."""
+        with contextlib.suppress(OSError):  # the folder is gone, or somebody has just put something there
+            if all(path.name == ".lock" for path in self.path.iterdir()):
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
         self._lock.release()
 
     def begin(self, config: Any, accelerator: Accelerator, first: int, origin: Path | None) -> None:

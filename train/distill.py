@@ -83,7 +83,9 @@ class Config:
     kind: Literal["mse", "cosine", "smooth_l1"] = option("mse", "distance between features, and between hidden states")
     feature_weight: float = option(1.0, "weight of the feature term")
     hidden_weight: float = option(0.0, "weight of the hidden-state term (published: 0.1)")
-    hidden_blocks: list[int] = option([-1], "blocks whose output is matched, e.g. [-1] = last; ResNet: stages 0..3")
+    hidden_blocks: list[int] = option(
+        [-1], "blocks whose output is matched, -1 = last, several with commas; ResNet: stages 0..3"
+    )
     gram_weight: float = option(0.0, "weight of the token-Gram term (published: 0.1)")
     gram_blocks: list[int] = option([-1], "blocks whose token Gram matrix is matched")
     batch_size: int = option(256, "images per optimiser step over all processes")
