@@ -38,9 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data import DataError
 from data.rows import append_row, commit
-from models import ModelError
 from train.common import ConfigError, Progress, check_numbers, draw_loss, option, run_script, step_seed
 from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator
 
@@ -225,7 +223,6 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         raise ConfigError(f"--batch_size {config.batch_size} is not divisible by {world} processes")
 
     import torch
-    from accelerate.utils import gather_object
 
     from data import demo
     from data.prefetch import Prefetch
@@ -307,41 +304,15 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     if folder is not None and (first < total or elsewhere):
         folder.begin(config, accelerator, first, origin)
 
-    # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
-    saver = loop.Saver(guarded, config, agreement, resources)
-    reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
-
-    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
-        reports = reports_before + gather_object([report])
-        saver.save(step, {"data": here, "data_reports": reports, "start": start}, wait=wait)
-
+    # --- Steps --------------------------------------------------------------------------------------------------------
+    saver = loop.Saver(guarded, config, agreement, resources, state, lambda: {"data": here, "start": start})
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
-    for step in range(first, total + 1):
-        last = step == total
-        report = batches.report()  # of the steps that are done; what is fetched next may be of none
-        if (step > first and (last or step % config.save_every == 0)) or (last and elsewhere):
-            save(step, report, wait=last)
-        if last:
-            break
-
-        # Fetch, then agree: nobody enters a step that another rank cannot take.
-        failure: DataError | ModelError | None = saver.failure()
-        with progress.waiting():
-            try:
-                batch = next(batches)
-            except DataError as error:
-                failure = error
-        if stop := agreement.settle(failure, signals.received):
-            if step > first and step % config.save_every:
-                save(step, report, wait=True)
-            else:
-                saver.wait()
-            raise loop.stopped(stop, step, first, total, out)
-
-        # One optimiser step.
+    for step, batch in loop.steps(
+        first, total, batches, saver, config, agreement, signals, progress, save_at_once=elsewhere
+    ):
         epoch = step // stream.steps_per_epoch
         guarded.begin(
             step_lr(step, config.lr, stream.steps_per_epoch, config.lr_step)
@@ -384,7 +355,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         guarded.check(step, due, out)
 
     # --- End ----------------------------------------------------------------------------------------------------------
-    data_reports = reports_before + gather_object([batches.report()])
+    data_reports = saver.reports(batches.report())
     facts: dict[str, Any] = {
         "source": "train/adversarial.py",
         "data": config.data,

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data import DataError
 from data.rows import append_row, commit
 from models import ModelError
 from train.common import (
@@ -179,7 +178,6 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         )
 
     import torch
-    from accelerate.utils import gather_object
 
     from data import demo
     from data.prefetch import Prefetch
@@ -276,43 +274,15 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         with agreement.together():
             start_tracker(accelerator, config)
 
-    # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
-    reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
-
-    saver = loop.Saver(guarded, config, agreement, resources)
+    # --- Steps --------------------------------------------------------------------------------------------------------
+    facts = {"data": here, "teacher_sha256": teacher_hash}
+    saver = loop.Saver(guarded, config, agreement, resources, state, lambda: facts)
     batches = Prefetch(stream, device)
-
-    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
-        reports = reports_before + gather_object([report])
-        saver.save(step, {"data": here, "data_reports": reports, "teacher_sha256": teacher_hash}, wait=wait)
-
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
-    for step in range(first, total + 1):
-        last = step == total
-        report = batches.report()  # of the steps that are done; what is fetched next may be of none
-        if step > first and (last or step % config.save_every == 0):
-            save(step, report, wait=last)
-        if last:
-            break
-
-        # Fetch, then agree: nobody enters a step that another rank cannot take.
-        failure: DataError | ModelError | None = saver.failure()
-        with progress.waiting():
-            try:
-                batch = next(batches)
-            except DataError as error:
-                failure = error
-        if stop := agreement.settle(failure, signals.received):
-            if step > first and step % config.save_every:
-                save(step, report, wait=True)
-            else:
-                saver.wait()
-            raise loop.stopped(stop, step, first, total, out)
-
-        # One optimiser step.
+    for step, batch in loop.steps(first, total, batches, saver, config, agreement, signals, progress):
         guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total, config.restart_every))
         torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
         images = unit_interval(batch["image"])
@@ -343,8 +313,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
         guarded.check(step, due, out)
 
     # --- End ----------------------------------------------------------------------------------------------------------
-    # One report per start and rank: samples delivered, unusable ones by reason.
-    data_reports = reports_before + gather_object([batches.report()])
+    data_reports = saver.reports(batches.report())
     trained = guarded.trained()
     if folder is not None and trained is not None:
         assert isinstance(trained, Distiller)

@@ -179,6 +179,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
 
     from data import demo
     from data.prefetch import Prefetch
+    from data.stream import Batch
     from data.tar import find_shards
     from data.transforms import TrainTransform, unit_interval
     from models.encoders import Encoder, load_encoder
@@ -261,9 +262,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     if folder is not None and first < total:
         folder.begin(config, accelerator, first, origin)
 
-    # --- Loop: save if due, stop if done, then step -------------------------------------------------------------------
-    reports_before = state["data_reports"] if state else []  # of the run's earlier starts; each adds its own
-
+    # --- Steps --------------------------------------------------------------------------------------------------------
     # Over this rank's images of the epoch so far: sums of loss and of right answers, and their number. They are the
     # result, and stay on the device. Rank 0 goes on from what all ranks had when the checkpoint was made.
     before = state["epoch_sums"] if state and rank == 0 else [0.0, 0.0, 0.0]
@@ -272,46 +271,21 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     def sums_of_all_ranks() -> list[float]:
         return [sum(values) for values in zip(*gather_object([epoch_sums.tolist()]), strict=True)]
 
-    saver = loop.Saver(guarded, config, agreement, resources)
+    def facts_of_checkpoint() -> dict[str, Any]:
+        return {"data": here, "epoch_sums": sums_of_all_ranks(), "start": start}
+
+    def check(batch: Batch) -> None:
+        label = int(batch["label"].max())  # still on the CPU
+        if label >= len(head.classes):  # shards without class names may state no bound
+            raise DataError(f"--data {config.data}: label {label}, {config.head} has {len(head.classes)} classes")
+
+    saver = loop.Saver(guarded, config, agreement, resources, state, facts_of_checkpoint)
     batches = Prefetch(stream, device)
-
-    def save(step: int, report: dict[str, object], *, wait: bool) -> None:
-        sums = sums_of_all_ranks()
-        reports = reports_before + gather_object([report])
-        saver.save(step, {"data": here, "data_reports": reports, "epoch_sums": sums, "start": start}, wait=wait)
-
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
     progress = Progress(first, total, config.batch_size, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
-    for step in range(first, total + 1):
-        last = step == total
-        report = batches.report()  # of the steps that are done; what is fetched next may be of none
-        if step > first and (last or step % config.save_every == 0):
-            save(step, report, wait=last)
-        if last:
-            break
-
-        # Fetch, then agree: nobody enters a step that another rank cannot take.
-        failure: DataError | ModelError | None = saver.failure()
-        with progress.waiting():
-            try:
-                batch = next(batches)
-                label = int(batch["label"].max())  # still on the CPU
-                if label >= len(head.classes):  # shards without class names may state no bound
-                    raise DataError(
-                        f"--data {config.data}: label {label}, {config.head} has {len(head.classes)} classes"
-                    )
-            except DataError as error:
-                failure = error
-        if stop := agreement.settle(failure, signals.received):
-            if step > first and step % config.save_every:
-                save(step, report, wait=True)
-            else:
-                saver.wait()
-            raise loop.stopped(stop, step, first, total, out)
-
-        # One optimiser step.
+    for step, batch in loop.steps(first, total, batches, saver, config, agreement, signals, progress, check=check):
         guarded.begin(cosine_lr(step, config.lr, config.warmup_steps, total))
         torch.manual_seed(step_seed(config.seed, step, rank))  # so that a checkpoint needs no random state
         images, labels = unit_interval(batch["image"]), batch["label"].to(device)
@@ -346,8 +320,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         guarded.check(step, due, out)
 
     # --- End ----------------------------------------------------------------------------------------------------------
-    # One report per start and rank: samples delivered, unusable ones by reason.
-    data_reports = reports_before + gather_object([batches.report()])
+    data_reports = saver.reports(batches.report())
     # As training saw them: weights of each step, dropout, smoothed labels. --steps may end the epoch before its end.
     *totals, images_counted = sums_of_all_ranks()
     loss, accuracy = (amount / images_counted if images_counted else math.nan for amount in totals)

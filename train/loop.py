@@ -1,7 +1,7 @@
 """What the training loops must do alike: go on from a checkpoint, step safely, save, log.
 
 Apart from train/common.py because it imports torch, which the command line and the launch checks there must not wait
-for. The loops themselves stand in the scripts, where they are read and changed; nothing here calls back into one.
+for. What a step does stands in the scripts, where it is read and changed; `steps` has what comes between two of them.
 `config` is a script's Config: flags of one name mean the same in all of them.
 """
 
@@ -11,14 +11,16 @@ import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from data import DataError
 from data.rows import versions
 from data.runs import Transform
 from data.stream import Stream, open_stream
@@ -26,7 +28,7 @@ from data.tar import ShardSet
 from models import ModelError
 from models.checkpoints import Checkpoint, CheckpointWriter, load_optimizer_tensors, optimizer_tensors, state_keys
 from train.common import ConfigError, Progress, RunFolder, StopRequested, checkpoint_to_continue, memory_mib
-from train.launching import Agreement, Sharding
+from train.launching import Agreement, Sharding, StopSignals
 
 # A gradient that is not finite skips the step; this many in a row end the run (fp16 needs some to find its scale).
 MAX_NONFINITE_STEPS = 25
@@ -374,24 +376,42 @@ class Saver:
         guarded: what is trained.
         config: its --out has the checkpoints, of which --keep stay.
         agreement: of the loop.
+        state: that of the checkpoint to continue, None for a new run.
+        facts: gives what else the script must find again, as JSON; all ranks call it. "data" in it is what
+            `open_training_stream` gave.
     """
 
     def __init__(
-        self, guarded: GuardedStep, config: Any, agreement: Agreement, resources: contextlib.ExitStack
+        self,
+        guarded: GuardedStep,
+        config: Any,
+        agreement: Agreement,
+        resources: contextlib.ExitStack,
+        state: Mapping[str, Any] | None,
+        facts: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._guarded, self._config, self._agreement = guarded, config, agreement
+        self._guarded, self._config, self._agreement, self._facts = guarded, config, agreement, facts
+        self._reports_before = state["data_reports"] if state else []
         self._writer: CheckpointWriter | None = None
         if agreement.rank == 0:
             self._writer = CheckpointWriter(Path(config.out) / "checkpoints", keep=config.keep)
             resources.callback(self._writer.close)  # whatever ends the run, a save that has begun is finished
 
-    def save(self, step: int, facts: Mapping[str, Any], *, wait: bool) -> None:
+    def reports(self, report: Mapping[str, object]) -> list[dict[str, object]]:
+        """A report for each start of the run and rank, the earlier starts' first: samples delivered, unusable ones.
+
+        report: this start's and rank's. All ranks must call it.
+        """
+        return [*self._reports_before, *gather_object([report])]
+
+    def save(self, step: int, report: Mapping[str, object], *, wait: bool) -> None:
         """Takes a copy of everything; `wait`: returns when it is on the disk, which the last save of a run must be.
 
-        facts: what else the script must find again, as JSON; "data" is what `open_training_stream` gave.
+        report: what this rank has had of its data up to `step`.
 
         Raises ModelError on all ranks where this save or the one before could not be written; older ones are kept.
         """
+        facts = {**self._facts(), "data_reports": self.reports(report)}
         tensors = self._guarded.tensors()
         with self._agreement.together():
             if self._writer is not None:
@@ -422,6 +442,65 @@ class Saver:
     def failure(self) -> ModelError | None:
         """What went wrong in the background since the last call, on rank 0; costs nothing."""
         return self._writer.failure() if self._writer is not None else None
+
+
+BatchType = TypeVar("BatchType", covariant=True)
+
+
+class Batches(Protocol[BatchType]):
+    """Where batches come from, without end."""
+
+    def __next__(self) -> BatchType: ...
+
+    def report(self) -> dict[str, object]:
+        """Of the batches handed out so far."""
+        ...
+
+
+def steps(
+    first: int,
+    total: int,
+    batches: Batches[BatchType],
+    saver: Saver,
+    config: Any,
+    agreement: Agreement,
+    signals: StopSignals,
+    progress: Progress,
+    *,
+    check: Callable[[BatchType], None] | None = None,
+    save_at_once: bool = False,
+) -> Iterator[tuple[int, BatchType]]:
+    """Numbers and batches of the steps that are to be done: from `first` to the one before `total`.
+
+    Between two steps: saves where --save_every says so, and at the end; fetches; then all ranks agree, so that nobody
+    enters a step that another one cannot take.
+
+    check: raises DataError for a batch that cannot be used. save_at_once: save even if no step is to be done.
+
+    Raises DataError, ModelError of any rank; StopRequested after a signal to any, when all is saved.
+    """
+    for step in range(first, total + 1):
+        last = step == total
+        report = batches.report()  # of the steps that are done; what is fetched next may be of none
+        if (step > first and (last or step % config.save_every == 0)) or (last and save_at_once):
+            saver.save(step, report, wait=last)
+        if last:
+            return
+        failure: DataError | ModelError | None = saver.failure()
+        with progress.waiting():
+            try:
+                batch = next(batches)
+                if check is not None:
+                    check(batch)
+            except DataError as error:
+                failure = error
+        if stop := agreement.settle(failure, signals.received):
+            if step > first and step % config.save_every:
+                saver.save(step, report, wait=True)
+            else:
+                saver.wait()
+            raise stopped(stop, step, first, total, Path(config.out))
+        yield step, batch
 
 
 def stopped(number: int, step: int, first: int, total: int, out: Path) -> StopRequested:
