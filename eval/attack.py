@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.rows import write_synced
 from eval.common import check_classes, print_table
 from train.common import ConfigError, RunFolder, check_numbers, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,10 +149,8 @@ def main(config: Config) -> dict[str, Any]:
 def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources)
+    rank, device = agreement.rank, accelerator.device
 
     import numpy as np
 
@@ -165,9 +163,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     from models.weights import state_sha256
 
     # --- Classifier and images ----------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo_shards("train")
+    build_demo(accelerator, agreement, config.data)
     with agreement.reading(signals):
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())

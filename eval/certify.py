@@ -58,7 +58,7 @@ from eval.certificates import CertificateFile, Row, draw_curves, image_sha256
 from eval.common import check_classes, check_demo, near_chance, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -301,22 +301,17 @@ def main(config: Config) -> dict[str, Any]:
 def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources)
+    rank, world, device = agreement.rank, agreement.world, accelerator.device
 
     from accelerate.utils import gather_object
 
     from attacks.smoothing import default_batch_size, smoothing
-    from data import demo
     from models.classifiers import load_classifier
     from models.weights import state_sha256
 
     # --- Classifier and images ----------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards("train")
+    build_demo(accelerator, agreement, config.data)
     with agreement.reading(signals):
         check_demo(config.model)
         classifier = load_classifier(config.model, flip=config.flip or None)

@@ -52,7 +52,7 @@ from eval.passes import ResultRows, SetSettings, find_sets, log_plan, published_
 from eval.robustness import MEAN, TABLE
 from models import ModelError
 from train.common import ConfigError, RunFolder, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     from eval.scoring import Comparison, Model, Score
@@ -276,18 +276,13 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             f"no {' and no '.join(absent)} here: run first `python train/zero_shot.py`, then `accelerate launch "
             "train/finetune.py`, which starts from its head (both do the demo if nothing else is given)"
         )
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources)
+    rank, device = agreement.rank, accelerator.device
 
-    from data import demo
     from eval.scoring import Pair, compare_sets, load_models, rows_of, summarise
 
     # --- Ends, averages and sets --------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards(suite.in_distribution)
+    build_demo(accelerator, agreement, config.data)
     results: ResultRows | None = None
     with agreement.together():
         pairs = [

@@ -55,7 +55,7 @@ from eval.passes import (
 )
 from eval.robustness import MEAN, TABLE, Estimate, wilson
 from train.common import ConfigError, RunFolder, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     from eval.scoring import Answers, Pair, Score
@@ -232,18 +232,13 @@ def main(config: Config) -> dict[str, Any]:
 def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out, suite, pairs = Path(config.out), SUITES[config.suite], read_pairs(config)
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources)
+    rank, device = agreement.rank, accelerator.device
 
-    from data import demo
     from eval.scoring import compare_sets, load_models, rows_of, summarise
 
     # --- Models and sets ----------------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards(suite.in_distribution)
+    build_demo(accelerator, agreement, config.data)
     results: ResultRows | None = None
     predictions: Predictions | None = None
     with agreement.together():

@@ -45,7 +45,7 @@ from data.rows import append_row
 from eval.common import DEMO_CLASSIFIER, check_demo, print_table
 from models import ModelError
 from train.common import ConfigError, Progress, RunFolder, StopRequested, check_numbers, memory_mib, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import StopSignals, start_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,10 +189,8 @@ def main(config: Config) -> dict[str, Any]:
 def visualize(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources)
+    rank, world, device = agreement.rank, agreement.world, accelerator.device
 
     import torch
 

@@ -40,7 +40,7 @@ from typing import Any, ClassVar, Literal
 
 from data.rows import append_row, commit
 from train.common import ConfigError, Progress, check_numbers, draw_loss, option, run_script, step_seed
-from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, start_accelerator
+from train.launching import PATIENCE_BETWEEN_STEPS, StopSignals, build_demo, start_run
 
 
 @dataclass(frozen=True)
@@ -214,17 +214,14 @@ def main(config: Config) -> dict[str, Any]:
 def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack) -> dict[str, Any]:
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources, patience=PATIENCE_BETWEEN_STEPS)
+    rank, world, device = agreement.rank, agreement.world, accelerator.device
     log = logging.getLogger("shiftlens")
     if config.batch_size % world:
         raise ConfigError(f"--batch_size {config.batch_size} is not divisible by {world} processes")
 
     import torch
 
-    from data import demo
     from data.prefetch import Prefetch
     from data.small import MemoryStream
     from data.stream import Stream
@@ -241,9 +238,7 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
     origin = checkpoint.path if checkpoint else None
 
     # --- Data and classifier ------------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if "demo" in (config.data, config.test_data, config.extra) and accelerator.is_local_main_process:
-            demo.demo_shards("train")
+    build_demo(accelerator, agreement, config.data, config.test_data, config.extra)
     with agreement.reading(signals):
         form = load_classifier(config.model, weights=False)
         data = robust.find_data(config, form.image_size, form.channels, device)

@@ -47,10 +47,10 @@ from train.common import (
 )
 from train.launching import (
     PATIENCE_BETWEEN_STEPS,
-    Agreement,
     StopSignals,
+    build_demo,
     sharding_asked_for,
-    start_accelerator,
+    start_run,
     start_tracker,
 )
 
@@ -167,10 +167,10 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
     sharding = sharding_asked_for()
-    accelerator = start_accelerator(None if config.tracker == "none" else config.tracker, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(
+        out, resources, tracker=None if config.tracker == "none" else config.tracker, patience=PATIENCE_BETWEEN_STEPS
+    )
+    rank, world, device = agreement.rank, agreement.world, accelerator.device
     log = logging.getLogger("shiftlens")
     if config.batch_size % (world * config.accumulate):
         raise ConfigError(
@@ -253,9 +253,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
     )
 
     # --- Data ---------------------------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards("train")
+    build_demo(accelerator, agreement, config.data)
     with agreement.together():
         data = demo.demo_shards("train") if config.data == "demo" else config.data
         transform = TrainTransform(teacher.image_size, decoder=config.decoder)

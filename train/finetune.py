@@ -47,7 +47,7 @@ from train.common import (
     run_script,
     step_seed,
 )
-from train.launching import PATIENCE_BETWEEN_STEPS, Agreement, StopSignals, sharding_asked_for, start_accelerator
+from train.launching import PATIENCE_BETWEEN_STEPS, StopSignals, build_demo, sharding_asked_for, start_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -164,10 +164,8 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     # --- Launch -------------------------------------------------------------------------------------------------------
     out = Path(config.out)
     sharding = sharding_asked_for()
-    accelerator = start_accelerator(None, out, resources)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    agreement = Agreement(rank, world, PATIENCE_BETWEEN_STEPS)
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    accelerator, agreement = start_run(out, resources, patience=PATIENCE_BETWEEN_STEPS)
+    rank, world, device = agreement.rank, agreement.world, accelerator.device
     log = logging.getLogger("shiftlens")
     if config.batch_size % (world * config.accumulate):
         raise ConfigError(
@@ -196,9 +194,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     origin = checkpoint.path if checkpoint else None
 
     # --- Data, encoder and head ---------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards("train")
+    build_demo(accelerator, agreement, config.data)
     torch.manual_seed(config.seed)
     with agreement.together():
         data = demo.demo_shards("train") if config.data == "demo" else config.data

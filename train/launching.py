@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import re
 import signal
@@ -244,6 +245,33 @@ def _wait_for_main_process(seconds: float) -> None:
                     "check --main_process_ip, --main_process_port and that machine 0 runs"
                 ) from None
             time.sleep(0.5)
+
+
+def start_run(
+    out: Path,
+    resources: contextlib.ExitStack,
+    *,
+    tracker: str | None = None,
+    patience: datetime.timedelta | None = None,
+) -> tuple[Accelerator, Agreement]:
+    """`start_accelerator`, the agreement of its ranks, and a log to which all but rank 0 write warnings only.
+
+    patience: see Agreement.
+    """
+    accelerator = start_accelerator(tracker, out, resources)
+    agreement = Agreement(accelerator.process_index, accelerator.num_processes, patience or PATIENCE)
+    level = logging.INFO if agreement.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    return accelerator, agreement
+
+
+def build_demo(accelerator: Accelerator, agreement: Agreement, *names: str) -> None:
+    """If one of these names of data is `demo`: one process of each machine builds it, which the others then find."""
+    with agreement.together():
+        if "demo" in names and accelerator.is_local_main_process:
+            from data.demo import demo_shards
+
+            demo_shards("train")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

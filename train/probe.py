@@ -49,7 +49,7 @@ from data import DataError
 from data.rows import append_row, commit
 from models import ModelError
 from train.common import ConfigError, RunFolder, option, run_script
-from train.launching import Agreement, StopSignals, start_accelerator
+from train.launching import Agreement, StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     import torch
@@ -206,10 +206,7 @@ def main(config: Config) -> dict[str, Any]:
         ConfigError, DataError, ModelError: anything a user can cause, in one line. StopRequested: after a stop signal.
     """
     with StopSignals() as signals, contextlib.ExitStack() as resources:
-        accelerator = start_accelerator(None, Path(config.out), resources)
-        agreement = Agreement(accelerator.process_index, accelerator.num_processes)
-        level = logging.INFO if agreement.rank == 0 else logging.WARNING
-        logging.basicConfig(level=level, format="%(message)s", force=True)
+        accelerator, agreement = start_run(Path(config.out), resources)
         found = probe(dataclasses.replace(config, reference=""), accelerator, agreement, signals, resources)
         if config.reference:
             log.info("")
@@ -258,9 +255,7 @@ def probe(
             _refuse_another_run(config, out)
 
     # --- Encoder and data ---------------------------------------------------------------------------------------------
-    with agreement.together():  # one process of each machine builds the demo, the others then find it
-        if config.data == "demo" and accelerator.is_local_main_process:
-            demo.demo_shards("train")
+    build_demo(accelerator, agreement, config.data)
     with agreement.together():
         encoder = load_encoder(demo.demo_encoder(config.encoder))
         encoder.eval().requires_grad_(False)
