@@ -11,9 +11,9 @@ Optional further terms match hidden states (tokens after chosen blocks) and toke
         train/distill.py --config train/recipes/rn50.yaml --data URL       two nodes of eight GPUs, once on each
 
 Writes into --out: config.yaml, env.json, metrics.jsonl (one row each --log_every steps), loss.png and loss.svg,
-checkpoints/, results.jsonl, and export/ (the student as safetensors and as an open_clip folder, with a model card).
-The run continues by itself when the same command is started again; Ctrl-C, SIGTERM and SIGUSR1 save first (exit
-code 130, 143, 138).
+checkpoints/, results.jsonl (mean loss of the last epoch), and export/ (the student as safetensors and as an open_clip
+folder, with a model card). The run continues by itself when the same command is started again; Ctrl-C, SIGTERM and
+SIGUSR1 save first (exit code 130, 143, 138).
 
 Cost per image: one teacher forward and one student forward and backward (RN50: 49 GFLOP; ViT-B/16: 140 GFLOP).
 """
@@ -273,8 +273,12 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             start_tracker(accelerator, config)
 
     # --- Steps --------------------------------------------------------------------------------------------------------
-    facts = {"data": here, "teacher_sha256": teacher_hash}
-    saver = loop.Saver(guarded, config, agreement, resources, state, lambda: facts)
+    epoch = loop.EpochMeans(state, agreement, device)
+
+    def facts_of_checkpoint() -> dict[str, Any]:
+        return {"data": here, "epoch_sums": epoch.sums(), "teacher_sha256": teacher_hash}
+
+    saver = loop.Saver(guarded, config, agreement, resources, state, facts_of_checkpoint)
     batches = Prefetch(stream, device)
     local_rows = config.batch_size // world
     final: dict[str, Any] = {}
@@ -295,6 +299,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             for key, value in values.items():
                 terms[key] = terms.get(key, 0) + value.detach() * share
         norm = guarded.finish()
+        epoch.add(terms, local_rows, len(images), norm, begins_epoch=step % stream.steps_per_epoch == 0)
         progress.step_done(step)
         with progress.waiting():
             batches.fetch()
@@ -312,6 +317,8 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
 
     # --- End ----------------------------------------------------------------------------------------------------------
     data_reports = saver.reports(batches.report())
+    means, images_counted = epoch.means()
+    last_epoch = {"last_epoch_n": images_counted, **{f"last_epoch_{name}": mean for name, mean in means.items()}}
     trained = guarded.trained()
     if folder is not None and trained is not None:
         assert isinstance(trained, Distiller)
@@ -331,7 +338,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             "seed": config.seed,
             "commit": commit(),
             "date": datetime.date.today().isoformat(),
-            **{name: final[name] for name in ("loss", "feature", "hidden", "gram") if name in final},
+            **last_epoch,
         }
         for reason in export_student(trained.student, out / "export", card=card, source=teacher):
             log.info("export   no open_clip folder: %s", reason)
@@ -341,12 +348,12 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
             write_safetensors(out / "export" / "projector.safetensors", projector, {"teacher": teacher.name})
         log.info("written  %s: weights in export/, curve in loss.png", out)
         weights_hash = state_sha256(trained.student.tower.state_dict())
-        if final and not any(row.get("weights_sha256") == weights_hash for row in folder.results()):
+        if final and images_counted and not any(row.get("weights_sha256") == weights_hash for row in folder.results()):
             append_row(
                 out / "results.jsonl",
-                metric="distillation_loss",
-                value=final["loss"],
-                n=config.batch_size,
+                metric="distillation_last_epoch_loss",
+                value=means["loss"],
+                n=images_counted,
                 data=config.data,
                 data_fingerprint=here["fingerprint"],
                 data_reports=data_reports,
@@ -357,7 +364,7 @@ def distill(config: Config, signals: StopSignals, resources: contextlib.ExitStac
                 device=str(device),
             )
     guarded.end()
-    return {**final, "total_steps": total, "data_reports": data_reports}
+    return {**final, **last_epoch, "total_steps": total, "data_reports": data_reports}
 
 
 if __name__ == "__main__":

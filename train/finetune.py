@@ -29,7 +29,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,7 +172,6 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         )
 
     import torch
-    from accelerate.utils import gather_object
 
     from data import demo
     from data.prefetch import Prefetch
@@ -212,8 +210,6 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         if head.metadata.get("encoder_sha256", start["encoder_sha256"]) != start["encoder_sha256"]:
             made_for = head.metadata.get("encoder")
             raise ModelError(f"{config.head} was made for {made_for}, whose weights are not those of {config.encoder}")
-        if state and "epoch_sums" not in state:
-            raise ConfigError(f"{config.out}: its checkpoint is of an earlier version, which kept no sums of the epoch")
         if state and state["start"] != start:
             raise ConfigError(f"{config.encoder}, {config.head}: not the weights that the checkpoint began with")
         classifier = make_classifier(encoder, head, config.label_smoothing).train()
@@ -259,16 +255,10 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         folder.begin(config, accelerator, first, origin)
 
     # --- Steps --------------------------------------------------------------------------------------------------------
-    # Over this rank's images of the epoch so far: sums of loss and of right answers, and their number. They are the
-    # result, and stay on the device. Rank 0 goes on from what all ranks had when the checkpoint was made.
-    before = state["epoch_sums"] if state and rank == 0 else [0.0, 0.0, 0.0]
-    epoch_sums = torch.tensor(before, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-
-    def sums_of_all_ranks() -> list[float]:
-        return [sum(values) for values in zip(*gather_object([epoch_sums.tolist()]), strict=True)]
+    epoch = loop.EpochMeans(state, agreement, device)
 
     def facts_of_checkpoint() -> dict[str, Any]:
-        return {"data": here, "epoch_sums": sums_of_all_ranks(), "start": start}
+        return {"data": here, "epoch_sums": epoch.sums(), "start": start}
 
     def check(batch: Batch) -> None:
         label = int(batch["label"].max())  # still on the CPU
@@ -297,11 +287,7 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             for key, value in values.items():
                 terms[key] = terms.get(key, 0) + value.detach() * share
         norm = guarded.finish()
-        if step % stream.steps_per_epoch == 0:
-            epoch_sums.zero_()
-        loss_sum, right = (terms[name] * local_rows for name in ("loss", "accuracy"))
-        of_batch = torch.stack([loss_sum, right, norm.new_full((), len(images))])
-        epoch_sums += of_batch.where(torch.isfinite(norm), 0)  # a skipped step is none
+        epoch.add(terms, local_rows, len(images), norm, begins_epoch=step % stream.steps_per_epoch == 0)
         progress.step_done(step)
         with progress.waiting():
             batches.fetch()
@@ -317,10 +303,8 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
 
     # --- End ----------------------------------------------------------------------------------------------------------
     data_reports = saver.reports(batches.report())
-    # As training saw them: weights of each step, dropout, smoothed labels. --steps may end the epoch before its end.
-    *totals, images_counted = sums_of_all_ranks()
-    loss, accuracy = (amount / images_counted if images_counted else math.nan for amount in totals)
-    last_epoch = {"last_epoch_loss": loss, "last_epoch_accuracy": accuracy, "last_epoch_n": round(images_counted)}
+    means, images_counted = epoch.means()
+    last_epoch = {"last_epoch_n": images_counted, **{f"last_epoch_{name}": mean for name, mean in means.items()}}
     trained = guarded.trained()
     if folder is not None and trained is not None:
         rows = folder.metrics()
@@ -353,9 +337,9 @@ def finetune(config: Config, signals: StopSignals, resources: contextlib.ExitSta
             append_row(
                 out / "results.jsonl",
                 metric="finetune_last_epoch_loss",
-                value=loss,
-                n=round(images_counted),
-                accuracy=accuracy,
+                value=means["loss"],
+                n=images_counted,
+                accuracy=means["accuracy"],
                 weights_sha256=encoder_hash,
                 head_sha256=state_sha256({"weight": weight, "bias": bias}),
                 data_reports=data_reports,

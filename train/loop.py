@@ -364,6 +364,47 @@ class GuardedStep:
                 )
 
 
+class EpochMeans:
+    """Means of a step's terms over the images of the epoch so far, over all ranks: the result of a training.
+
+    As training saw them: weights of each step, dropout, augmentation. Sums stay on the device until they are asked for,
+    and go into checkpoints; rank 0 goes on from what all ranks had then. A run whose --steps end within an epoch has
+    means over that part of it.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None, agreement: Agreement, device: torch.device) -> None:
+        """state: of the checkpoint to continue, with "epoch_sums" among its facts; None for a new run."""
+        before: dict[str, float] = state.get("epoch_sums", {}) if state and agreement.rank == 0 else {}
+        self._type = torch.float32 if device.type == "mps" else torch.float64
+        self._names = list(before)
+        self._sums = torch.tensor(list(before.values()), device=device, dtype=self._type)
+
+    def add(self, terms: Mapping[str, Tensor], rows: int, images: int, norm: Tensor, *, begins_epoch: bool) -> None:
+        """After a step.
+
+        terms: scalars on the device, sums over this rank's images divided by `rows`, the same in every step. images:
+        their number. norm: of the gradient, not finite where the step was skipped: its images then do not count.
+        """
+        amounts = [*(term * rows for term in terms.values()), norm.new_full((), images)]
+        of_step = torch.stack(amounts).to(self._type).where(torch.isfinite(norm), 0)
+        self._sums = of_step if begins_epoch or not self._names else self._sums + of_step
+        self._names = [*terms, "images"]
+
+    def sums(self) -> dict[str, float]:
+        """Over all ranks, for a checkpoint. All ranks must call it."""
+        found: dict[str, float] = {}
+        for part in gather_object([dict(zip(self._names, self._sums.tolist(), strict=True))]):
+            for name, amount in part.items():
+                found[name] = found.get(name, 0.0) + amount
+        return found
+
+    def means(self) -> tuple[dict[str, float], int]:
+        """Means of the terms, and the number of images that they are over; no means of none. All ranks must call it."""
+        sums = self.sums()
+        images = round(sums.pop("images", 0))
+        return {name: amount / images for name, amount in sums.items()} if images else {}, images
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Between steps
 # ----------------------------------------------------------------------------------------------------------------------
