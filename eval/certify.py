@@ -417,8 +417,8 @@ def warn(found: Sequence[Mapping[str, Any]], classifier: Classifier, config: Con
     accuracy, n = found[0]["value"], found[0]["n"]
     if near_chance(found[0]["correct"], n, classifier.num_classes):
         log.warning(
-            "accuracy under noise of sigma %g is %.1f %% of %d images, near chance: was the classifier trained with "
-            "such noise, on pixels in [0, 1], and are its classes in the order of the data?",
+            "accuracy under noise of sigma %g is %.1f %% of %d images, not shown to be above chance: was the "
+            "classifier trained with such noise, on pixels in [0, 1], and are its classes in the order of the data?",
             config.sigma,
             100 * accuracy,
             n,

@@ -309,6 +309,7 @@ class Rows:
             "data_fingerprint": subject.data.fingerprint,
             "precision": "fp32" if point.name == CLEAN else f"attack {subject.precision}, verdict fp32",
             "seed": subject.seed,
+            "images": subject.images,
         }
         self.rows.append(row)
         number, result = _values(row, NUMBER), _values(row, RESULT)

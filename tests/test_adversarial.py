@@ -509,6 +509,10 @@ def test_other_test_images_or_another_number_of_them_are_measured_anew(
     assert main(Config(**other))["test_robust_accuracy"] == found["test_robust_accuracy"]
     first, second, third = [("test_accuracy", TEST)], [("test_robust_accuracy", 20)], [("test_accuracy", 30)]
     assert all_rows(settings["out"]) == first + first + second + third + second
+    file = Path(settings["out"]) / "results.jsonl"
+    file.write_text(file.read_text().replace("PGD-20", "PGD-10"))  # results of another attack do not count
+    main(Config(**other))
+    assert all_rows(settings["out"])[5:] == third + second
 
 
 def test_what_is_measured_does_not_hang_on_the_size_of_the_batch() -> None:

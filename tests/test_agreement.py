@@ -4,8 +4,10 @@ import datetime
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -84,7 +86,10 @@ def read_what(rank: int, signals: StopSignals, agreement: Agreement) -> None:
 def read_slowly(rank: int, signals: StopSignals, agreement: Agreement, begun: list[int]) -> None:
     with agreement.reading(signals):
         begun.append(rank)
-        time.sleep(100 if rank == 1 else 0.1)  # rank 0 hears of the other's signal where it votes
+        if rank == 1:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(100)
+        # rank 0 hears of the other's signal where it votes
 
 
 def read_for_minutes(rank: int, world: int, port: int) -> None:
@@ -98,8 +103,6 @@ def read_for_minutes(rank: int, world: int, port: int) -> None:
         assert read == rank
         with pytest.raises(DataError if rank == 1 else PeerError):
             read_what(rank, signals, agreement)
-        if rank == 1:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         begun: list[int] = []
         start = time.monotonic()
         with pytest.raises(StopRequested) as stopped:
@@ -109,6 +112,14 @@ def read_for_minutes(rank: int, world: int, port: int) -> None:
         with pytest.raises(StopRequested):  # a run that is to stop does not begin to read
             read_slowly(rank, signals, agreement, begun)
         assert begun == [rank]
+    with StopSignals() as signals:
+        if rank == 1:  # the signal comes while this rank waits for the other's vote, before it would begin
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            time.sleep(1)
+        with pytest.raises(StopRequested):
+            read_slowly(rank, signals, agreement, begun)
+    assert begun == ([0, 0] if rank == 0 else [1])
     os._exit(0)
 
 
@@ -118,3 +129,39 @@ def test_a_signal_to_one_rank_ends_its_reading_at_once_and_stops_all_ranks() -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start_processes(read_for_minutes, (2, port), nprocs=2, start_method="fork")
+
+
+def test_a_signal_at_any_moment_of_reading_is_a_stop_and_nothing_else() -> None:
+    """It comes at each call and return of the block, its entry and its exit in turn."""
+
+    def read(signals: StopSignals, moment: int) -> int:
+        """Events until the block is through; the signal comes at that number of them."""
+        events = 0
+
+        def count(frame: types.FrameType, *_: object) -> None:
+            nonlocal events
+            events += 1
+            if events == moment:
+                signals._handle(signal.SIGTERM, frame)  # as Python does; raise_signal would come in this function
+
+        agreement = Agreement(0, 1)
+        sys.setprofile(count)
+        try:
+            with agreement.reading(signals):
+                sum(map(abs, range(3)))
+        finally:
+            sys.setprofile(None)
+        return events
+
+    with StopSignals() as signals:
+        total = read(signals, 0)
+    assert total > 20
+    stopped = 0
+    for moment in range(1, total + 1):
+        with StopSignals() as signals:
+            try:
+                read(signals, moment)
+            except StopRequested:
+                stopped += 1
+            assert signals.received == signal.SIGTERM  # whoever asks next hears of it
+    assert stopped > total / 2

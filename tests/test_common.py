@@ -75,6 +75,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     assert (config.lr, config.epochs, config.hidden_blocks) == (1e-4, 7, [0, 1])
     assert config.weight_decay == 0.05
     assert parse().data == "demo"
+    assert parse("--epochs", "7", "--lr=1e-5", "--config", str(file)) == dataclasses.replace(config, lr=1e-5)
     assert parse("--data=demo", "--lr", "0.5") == dataclasses.replace(parse(), lr=0.5)
     assert parse("--data", "shards").teacher == "open_clip:RN50/openai"
 
@@ -86,6 +87,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
         (["--dat", "x"], "did you mean --data?"),
         (["--zzz", "x"], "--help lists all settings"),
         (["--num_processes", "2"], "before the script"),
+        (["--mixed_precision", "bf16"], "before the script"),
+        (["--lr="], "--lr: expected a number"),
+        (["--config"], "--config"),
+        (["--hidden_blocks", "--data", "x"], "--hidden_blocks"),
         (["--lr", "fast"], "--lr fast: expected a number"),
         (["--hidden_blocks", "-1,x", "--data", "x"], "--hidden_blocks x: expected whole numbers, with commas"),
         (["--hidden_blocks"], "--hidden_blocks"),
@@ -116,10 +121,13 @@ def test_impossible_settings_are_one_line(argv: list[str], expected: str) -> Non
     ("text", "expected"),
     [
         ("data: x\nwarmup_step: 1\n", "did you mean warmup_steps?"),
-        ("compute_environment: LOCAL_MACHINE\n", "accelerate launch --config_file FILE"),
+        ("compute_environment: LOCAL_MACHINE\n", "that is a setting of `accelerate launch`"),
         ("data: x\nlr: 1\nlr: 2\n", "key given twice: lr"),
         ("data: x\nlr: [1]\n", "lr"),
         ("data: x\nbatch_size: many\n", "batch_size"),
+        ("data: x\nlr:\n", "lr has no value"),
+        ("data: x\nhidden_blocks: -1,0\n", "in a file in brackets"),
+        ("data: 5\n", "expected text, in a file in quotes"),
         ("data: [\n", "not YAML"),
         ("\x00\xff", "not YAML"),
     ],
@@ -296,6 +304,9 @@ def test_run_folder_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
     unused = RunFolder(tmp_path / "unused", fresh=True)
     unused.close()
     assert not (tmp_path / "unused").exists()
+    (tmp_path / "prepared").mkdir()  # by the user
+    RunFolder(tmp_path / "prepared", fresh=True).close()
+    assert (tmp_path / "prepared").is_dir()
     assert (tmp_path / "mine" / "config.yaml").is_file()
 
 

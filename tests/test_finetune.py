@@ -17,6 +17,7 @@ from data.stream import open_stream
 from data.transforms import TrainTransform, unit_interval
 from eval.scoring import Pair, load_models
 from models import ModelError
+from models.checkpoints import newest_checkpoint, save_checkpoint
 from models.encoders import Encoder, load_encoder
 from models.featurisers import Featuriser
 from models.heads import Head, load_head, save_head
@@ -476,6 +477,11 @@ def test_resume_with_breaking_changes_is_refused(settings: dict[str, Any]) -> No
     make_head(Path(settings["head"]), 24, seed=1)  # another head under the same name
     refused({}, "not the weights that the checkpoint began with")
     Path(settings["head"]).write_bytes(head)
+    checkpoint, _ = newest_checkpoint(Path(settings["out"]) / "checkpoints")
+    assert checkpoint is not None
+    del checkpoint.state["epoch_sums"]
+    save_checkpoint(checkpoint.path.parent, checkpoint.step + 1, checkpoint.tensors, checkpoint.state)
+    refused({}, "^the checkpoint is of an earlier version, which kept no sums of the epoch; use another --out$")
 
 
 @pytest.mark.parametrize(

@@ -379,9 +379,11 @@ def train(config: Config, signals: StopSignals, resources: contextlib.ExitStack)
         "test_fingerprint": test_fingerprint,
         "eval_count": config.eval_count,
     }
-    known = [row for row in folder.results() if measured.items() <= row.items()] if folder is not None else []
+    wanted = {metric: measured | facts_of_it for metric, facts_of_it in robust.metrics(config).items()}
+    known = folder.results() if folder is not None else []
+    known = [row for row in known if row["metric"] in wanted and wanted[row["metric"]].items() <= row.items()]
     results: dict[str, dict[str, Any]] = agreement.share({row["metric"]: row for row in known})
-    known_already = results.keys() == robust.metrics(config).keys()
+    known_already = results.keys() == wanted.keys()
     if data.test is not None and not known_already:
         export({})  # whatever becomes of the measurements
         results = robust.measure(classifier, data.test, config, agreement, device, vote)

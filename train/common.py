@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "train" / "recipes"
 ConfigType = TypeVar("ConfigType")
+# Settings of the launch that people try to give to a script.
+_LAUNCHERS = ["compute_environment", "distributed_type", "num_processes", "num_machines", "machine_rank"]
+_LAUNCHERS += ["mixed_precision", "main_process_ip", "main_process_port", "use_fsdp"]
 log = logging.getLogger("shiftlens")
 
 
@@ -112,13 +115,17 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
         parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, help=field.metadata["help"])
     # As one word each, so that a value may begin with a dash, as that of `--hidden_blocks -1,-2` does.
     argv = _joined(argv, [f"--{name}" for name, kind in hints.items() if typing.get_origin(kind) is list])
-    by_itself = not any(_values(argv, "--config")) and all(value == "demo" for value in _values(argv, "--data"))
+    # The parser lets whatever comes later win: files are moved to the front.
+    files, argv = _taken(argv, "--config")
+    by_itself = not files and all(value == "demo" for value in _taken(argv, "--data")[0])
     if by_itself:
-        argv = ["--config", str(RECIPES / recipe), *argv]
-    for value in _values(argv, "--config"):
-        _refuse_duplicate_keys(Path(value))
-    settings = vars(parser.parse_args(argv))
+        files = [str(RECIPES / recipe)]
+    for file in files:
+        _refuse_duplicate_keys(Path(file))
+    settings = vars(parser.parse_args([*(f"--config={file}" for file in files), *argv]))
     settings.pop("config", None)
+    if empty := next((name for name in hints if settings[name] is None), None):
+        raise ConfigError(f"{empty} has no value; leave it out for the default")
     if by_itself and os.environ.get("RANK", "0") == "0":
         print(f"recipe   train/recipes/{recipe}, as no --config is given; flags win", file=sys.stderr)
     return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -130,23 +137,25 @@ def _joined(argv: list[str], flags: list[str]) -> list[str]:
     rest = iter(argv)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name in flags and (equals or (value := next(rest, ""))):
-            found.append(f"{name}={value if value.startswith('[') else f'[{value}]'}")
-        else:
+        if name not in flags:
             found.append(argument)
+            continue
+        value = (value if equals else next(rest, "")).strip()
+        if not value or value.startswith("--"):  # a flag without a value, which the parser refuses
+            found += [name, value] if value else [name]
+        else:
+            found.append(f"{name}={value if value.startswith('[') else f'[{value}]'}")
     return found
 
 
 def _explained(message: str, hints: dict[str, Any]) -> str:
     """An error of the parser in the words of the settings, and what an unknown one may have been meant to be."""
-    if wrong := re.match(r'Parser key "(\w+)": .*?Got value: (.*)$', message):
-        name, value = wrong[1], wrong[2]
-        expected = _described(hints[name]) if name in hints else "another value"
-        return f"--{name} {value}: expected {expected}"
+    if wrong := re.match(r'Parser key "(\w+)": .*?Got value:(.*)$', message):
+        return f"--{wrong[1]}{wrong[2]}: expected {_described(hints.get(wrong[1]))}"
     if unknown := re.search(r"Option '(\w+)' is not accepted|unrecognized arguments: (--\w+)", message):
         name = unknown[1] or unknown[2]
-        if name.lstrip("-") in ("compute_environment", "distributed_type", "num_processes"):
-            return f"{message}; that is a setting of `accelerate launch --config_file FILE`, before the script"
+        if name.lstrip("-") in _LAUNCHERS:
+            return f"{message}; that is a setting of `accelerate launch`, before the script or in its --config_file"
         dashes = "--" if unknown[2] else ""  # none in a file
         return f"{message}{_alike(name, [dashes + other for other in hints]) or '; --help lists all settings'}"
     return message
@@ -158,8 +167,9 @@ def _described(kind: Any) -> str:
         return " or ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is list:
         several = {int: "whole numbers", float: "numbers", bool: "true or false", str: "names"}
-        return f"{several[typing.get_args(kind)[0]]}, with commas between them"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "another value")
+        return f"{several[typing.get_args(kind)[0]]}, with commas between them, in a file in brackets"
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text, in a file in quotes"}
+    return plain.get(kind, "another value")
 
 
 def _alike(name: str, names: list[str]) -> str:
@@ -168,14 +178,19 @@ def _alike(name: str, names: list[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _values(argv: list[str], flag: str) -> list[str]:
-    """What stands behind each `--flag VALUE` or `--flag=VALUE`."""
-    found = []
-    for i, argument in enumerate(argv):
+def _taken(argv: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """What stands behind each `--flag VALUE` or `--flag=VALUE`, and the other arguments."""
+    found, others = [], []
+    rest = iter(argv)
+    for argument in rest:
         name, equals, value = argument.partition("=")
-        if name == flag and (equals or i + 1 < len(argv)):
-            found.append(value if equals else argv[i + 1])
-    return found
+        if name != flag:
+            others.append(argument)
+        elif equals or (value := next(rest, "")):
+            found.append(value)
+        else:
+            others.append(argument)  # without a value, which the parser refuses
+    return found, others
 
 
 def _refuse_duplicate_keys(path: Path) -> None:
@@ -272,7 +287,7 @@ class RunFolder:
     def __init__(self, path: Path, fresh: bool) -> None:
         import filelock
 
-        self.path = path
+        self.path, self._made = path, not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             others = sorted(p.name for p in path.iterdir() if not p.name.startswith((".lock", ".tmp-")))
@@ -295,9 +310,9 @@ class RunFolder:
             raise ConfigError(f"--out {path}: cannot be written ({error.strerror or error})") from None
 
     def close(self) -> None:
-        """Lets others use the folder; one that was made for a run that never began goes away."""
+        """Lets others use the folder; one that was made here for a run that never began goes away."""
         with contextlib.suppress(OSError):  # the folder is gone, or somebody has just put something there
-            if all(path.name == ".lock" for path in self.path.iterdir()):
+            if self._made and all(path.name == ".lock" for path in self.path.iterdir()):
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
         self._lock.release()

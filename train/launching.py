@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import types
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,12 +323,13 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if not self.received:
             self.received, self._first = number, time.monotonic()
             # Not print: a signal may arrive while a buffered write is under way.
             os.write(2, b"\nstopping after this step; a second signal in three seconds or later exits at once\n")
-            if self._ending:
+            # In the block's own entry and exit it is only noted: out of these, the exception would escape.
+            if self._ending and frame is not None and frame.f_code.co_filename not in _ENTRY_AND_EXIT:
                 raise _Ended
         elif time.monotonic() - self._first > 3:
             os._exit(128 + number)
@@ -335,6 +337,9 @@ class StopSignals:
 
 class _Ended(BaseException):
     """Ends a block of `StopSignals.ending`; nothing that catches errors may take it for one."""
+
+
+_ENTRY_AND_EXIT = (StopSignals.__enter__.__code__.co_filename, contextlib.contextmanager.__code__.co_filename)
 
 
 class PeerError(Exception):
@@ -456,11 +461,12 @@ class Agreement:
         stop = self.settle(None, signals.received)
         error: Exception | None = None
         if not stop:
-            with signals.ending():
-                try:
-                    yield
-                except (ConfigError, DataError, ModelError, OSError) as caught:
-                    error = caught
+            if not signals.received:  # else one has come during the vote, and this rank does not begin
+                with signals.ending():
+                    try:
+                        yield
+                    except (ConfigError, DataError, ModelError, OSError) as caught:
+                        error = caught
             stop = self.settle(error, signals.received)
         if stop:
             raise StopRequested(stop, f"stopped by signal {stop} before the first step")

@@ -373,8 +373,15 @@ class EpochMeans:
     """
 
     def __init__(self, state: Mapping[str, Any] | None, agreement: Agreement, device: torch.device) -> None:
-        """state: of the checkpoint to continue, with "epoch_sums" among its facts; None for a new run."""
-        before: dict[str, float] = state.get("epoch_sums", {}) if state and agreement.rank == 0 else {}
+        """state: of the checkpoint to continue, with "epoch_sums" among its facts; None for a new run.
+
+        Raises ConfigError, on all ranks, for a checkpoint of an earlier version.
+        """
+        if state and not isinstance(state.get("epoch_sums"), dict):
+            raise ConfigError(
+                "the checkpoint is of an earlier version, which kept no sums of the epoch; use another --out"
+            )
+        before: dict[str, float] = state["epoch_sums"] if state and agreement.rank == 0 else {}
         self._type = torch.float32 if device.type == "mps" else torch.float64
         self._names = list(before)
         self._sums = torch.tensor(list(before.values()), device=device, dtype=self._type)
