@@ -99,7 +99,9 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
     """
     import jsonargparse
 
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
+    hints = {field.name: hints[field.name] for field in fields}  # without class variables
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -109,7 +111,7 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
     parser.add_argument(
         "--config", action=jsonargparse.ActionConfigFile, help="YAML file of these settings (train/recipes/)"
     )
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in fields:
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, help=field.metadata["help"])
@@ -128,7 +130,7 @@ def parse_config(cls: type[ConfigType], argv: list[str], description: str, recip
         raise ConfigError(f"{empty} has no value; leave it out for the default")
     if by_itself and os.environ.get("RANK", "0") == "0":
         print(f"recipe   train/recipes/{recipe}, as no --config is given; flags win", file=sys.stderr)
-    return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    return cls(**settings)
 
 
 def _joined(argv: list[str], flags: list[str]) -> list[str]:
