@@ -12,9 +12,10 @@ demo: .venv/installed
 	$(LAUNCH) eval/shifts.py
 	$(BIN)/python eval/report.py
 
-# A worker for each CPU, each with about 1 GB, and one more, as some tests mostly wait.
+# A worker for each CPU, each with about 1 GB, and one more, as some tests mostly wait. Compiled modules are kept, also
+# where an image says not to: each worker and each script that a test starts would compile them all again.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(expr $$(nproc) + 1) --maxprocesses 8 --dist worksteal tests
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(expr $$(nproc) + 1) --maxprocesses 8 --dist worksteal tests
 
 check: .venv/tested
 	$(BIN)/ruff check .

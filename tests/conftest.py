@@ -1,9 +1,11 @@
 """Shared by all tests: this repository first on the path, one thread per process, a fixed hypothesis profile."""
 
+import ctypes
 import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -16,10 +18,36 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+HAS_TRIM = hasattr(ctypes.CDLL(None), "malloc_trim")  # glibc, on Linux
+
 # Without a GPU the Triton kernels themselves run in Triton's interpreter; it decides when triton is first imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _patch_the_language_once() -> None:
+    """Triton's interpreter makes triton.language its own at each launch, and anew whenever a kernel calls a helper.
+
+    That is most of what small launches take. Here nothing is compiled, so for each module of kernels once is enough.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) not in patched:
+            patch(function)
+            patched.add(id(function.__globals__))
+        return interpreter._LangPatchScope()  # of which nothing is restored after the launch
+
+    interpreter._patch_lang = patch_once
+
+
+if DEVICE == "cpu":
+    _patch_the_language_once()
 
 hypothesis.settings.register_profile("shiftlens", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("shiftlens")
@@ -29,6 +57,25 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: without it in its way, a garbage collection (each run ends with one) is quick."""
     gc.collect()
     gc.freeze()
+
+
+_resident = 0
+
+
+def pytest_runtest_logfinish() -> None:
+    """Memory that a large test leaves behind goes back: a fork takes time in proportion, and many tests fork."""
+    global _resident
+    if not HAS_TRIM:
+        return
+    if resident() > _resident + 2**27:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _resident = resident()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")

@@ -177,11 +177,7 @@ def _run_rank(plan: _Plan) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= ranks.world_of(plan.rank, plan.world, plan.port)
-    import importlib
-
-    for (module, name), value in plan.constants.items():
-        assert hasattr(importlib.import_module(module), name)
-        setattr(importlib.import_module(module), name, value)
+    ranks.use(plan.constants)
     _keep_log(plan)
     from train.common import run_script
     from train.distill import Config, main

@@ -7,6 +7,7 @@ others, which begin without the threads, signals and devices of the tests' own p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
+Constants = Mapping[tuple[str, str], Any]
 
 # What a run imports, so that no rank has to. One list for all tests: there is one server, and the first starts it.
 _IMPORTS = ["accelerate.utils", "jsonargparse", "matplotlib.pyplot", "open_clip", "timm", "torch.distributed"]
@@ -69,19 +71,25 @@ def world_of(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def start(
-    main: Callable[[Any], Any], config: Any, messages: Path, environment: Mapping[str, str] | None = None
+    main: Callable[[Any], Any],
+    config: Any,
+    messages: Path,
+    environment: Mapping[str, str] | None = None,
+    constants: Constants | None = None,
 ) -> BaseProcess:
     """A process that runs `main(config)`; what it says on stdout and stderr goes to the file `messages`."""
-    process = server().Process(target=_run, args=(main, config, messages, dict(environment or {})))
+    process = server().Process(
+        target=_run, args=(main, config, messages, dict(environment or {}), dict(constants or {}))
+    )
     process.start()
     return process
 
 
-def run_two(main: Callable[[Any], Any], config: Any, folder: Path) -> None:
+def run_two(main: Callable[[Any], Any], config: Any, folder: Path, constants: Constants | None = None) -> None:
     """`main(config)` by two ranks, as train/launch/cpu_2_processes.yaml makes them; `folder` keeps what they say."""
     port = free_port()
     said = [folder / f"rank_{rank}.txt" for rank in (0, 1)]
-    ranks = [start(main, config, said[rank], world_of(rank, 2, port)) for rank in (0, 1)]
+    ranks = [start(main, config, said[rank], world_of(rank, 2, port), constants) for rank in (0, 1)]
     try:
         for process in ranks:
             process.join(200)
@@ -93,10 +101,24 @@ def run_two(main: Callable[[Any], Any], config: Any, folder: Path) -> None:
             process.join()
 
 
-def _run(main: Callable[[Any], Any], config: Any, messages: Path, environment: dict[str, str]) -> None:
+def _run(
+    main: Callable[[Any], Any],
+    config: Any,
+    messages: Path,
+    environment: dict[str, str],
+    constants: dict[tuple[str, str], Any],
+) -> None:
     os.environ.update(environment)
     _say_to(messages)
+    use(constants)
     main(config)
+
+
+def use(constants: Constants) -> None:
+    """Gives this process other values for constants of modules, by (module, name)."""
+    for (module, name), value in constants.items():
+        assert hasattr(importlib.import_module(module), name)
+        setattr(importlib.import_module(module), name, value)
 
 
 def _say_to(messages: Path) -> None:
@@ -119,6 +141,7 @@ class Script:
         folder: keeps what each rank says on stdout and stderr.
         world: number of processes.
         environment: variables beside those that a launcher sets.
+        constants: by (module, name): values that the ranks use instead, for sizes that a test need not have.
     """
 
     def __init__(
@@ -129,6 +152,7 @@ class Script:
         *,
         world: int = 1,
         environment: Mapping[str, str] | None = None,
+        constants: Constants | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -138,7 +162,8 @@ class Script:
         for rank, file in enumerate(self._files):
             file.write_text("")
             variables = {**world_of(rank, world, port), **(environment or {})}
-            self.processes.append(server().Process(target=_run_script, args=(script, flags, file, variables)))
+            arguments = script, flags, file, variables, dict(constants or {})
+            self.processes.append(server().Process(target=_run_script, args=arguments))
         for process in self.processes:
             process.start()
 
@@ -176,12 +201,19 @@ class Script:
             process.join()
 
 
-def _run_script(script: str, flags: list[str], messages: Path, environment: dict[str, str]) -> None:
+def _run_script(
+    script: str,
+    flags: list[str],
+    messages: Path,
+    environment: dict[str, str],
+    constants: dict[tuple[str, str], Any],
+) -> None:
     import runpy
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores for itself
     os.environ.update(environment)
     _say_to(messages)
+    use(constants)
     os.chdir(ROOT)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")

@@ -180,16 +180,20 @@ def test_run_learns_and_leaves_what_it_promises(settings: dict[str, Any], monkey
     row = json.loads((out / "results.jsonl").read_text())
     student = load_encoder(f"local-dir:{out / 'export'}")
     assert row["weights_sha256"] == state_sha256(student.tower.state_dict())
+    assert (row["value"], row["n"]) == (result["last_epoch_loss"], result["last_epoch_n"])
     assert {"commit", "versions", "date", "config", "seed", "data_fingerprint"} <= row.keys()
 
 
 def test_resume_is_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 steps = 5 + 3, with batch norm, a projector, and an epoch's end in the middle."""
     settings |= {"student": "cifar_resnet20", "batch_size": 32}
-    main(Config(**settings))
+    first = main(Config(**settings))
     halves = settings | {"out": str(tmp_path / "halves")}
     stop_after(halves, 5, monkeypatch)
-    main(Config(**halves))
+    second = main(Config(**halves))
+    results = {name: value for name, value in first.items() if name.startswith("last_epoch_")}
+    assert results == {name: second[name] for name in results}
+    assert results["last_epoch_n"] == 4 * 32
     whole, broken = weights_after(settings["out"]), weights_after(halves["out"])
     assert whole.keys() == broken.keys()
     for name in whole:
@@ -382,7 +386,7 @@ def test_models_that_do_not_fit_are_one_line(settings: dict[str, Any], change: d
 def test_projectors_bridge_widths(settings: dict[str, Any], tmp_path: Path) -> None:
     """A student of another width, hidden states of the first stage (32x32 tokens in both) included."""
     settings |= {"teacher": "cifar_resnet20/" + str(small_weights(tmp_path)), "student": "cifar_resnet18", "steps": 2}
-    settings |= {"hidden_weight": 0.1, "hidden_blocks": [0]}
+    settings |= {"hidden_weight": 0.1, "hidden_blocks": [0], "batch_size": 4}
     main(Config(**settings))
     names = weights_after(settings["out"])
     assert names["model/projector.weight"].shape == (64, 512)
@@ -400,9 +404,9 @@ def test_kernels_train_as_the_reference_does(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     settings |= {"teacher": "cifar_resnet20/" + str(small_weights(tmp_path)), "student": "cifar_resnet32", "kind": kind}
     settings |= {"hidden_weight": 0.1, "hidden_blocks": [2], "steps": 2, "accumulate": 2, "norm_stats": "own"}
+    settings |= {"batch_size": 4}
     if kind == "mse":  # another width, so that there is a projector
-        settings |= {"student": "cifar_resnet18", "hidden_blocks": [0]}
-        settings |= {"batch_size": 4}
+        settings |= {"student": "cifar_resnet18", "hidden_blocks": [0], "batch_size": 2}
     main(Config(**settings, kernel="reference"))
     main(Config(**{**settings, "out": str(tmp_path / "kernels")}, kernel="triton"))
     for a, b in zip(rows(settings["out"]), rows(tmp_path / "kernels"), strict=True):
@@ -563,47 +567,31 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
 
 
-def launch(arguments: list[str], settings: dict[str, Any], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [accelerate, "launch", "--quiet", *arguments, "train/distill.py", *flags(settings)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-
-
-def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The same global batches, a student without batch norm; tests/test_elastic.py does so for longer and for more."""
-    settings |= {"steps": 10, "lr": 1e-3, "workers": 1, "save_every": 100}
-    one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
-    main(Config(**one))
-    ranks.run_two(main, Config(**two), tmp_path)
-    assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
-    first, second = rows(one["out"]), rows(two["out"])
-    assert len(first) == len(second) == 10
-    for a, b in zip(first, second, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
-
-
 def test_two_processes_continue_what_one_began(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Only rank 0 sees the checkpoint's folder; weights, optimiser and cursor reach the other rank."""
+    """Only rank 0 sees the checkpoint's folder; weights, optimiser and cursor reach the other rank.
+
+    test_elastic.py has longer runs that equal one process, by more of them, and from the first step on.
+    """
     settings |= {"steps": 10, "workers": 1, "save_every": 6}
     one, two = settings | {"out": str(tmp_path / "one")}, settings | {"out": str(tmp_path / "two")}
     main(Config(**one))
     two["resume"] = str(tmp_path / "one" / "checkpoints" / "step_00000006")
     ranks.run_two(main, Config(**two), tmp_path)
+    assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     first, second = rows(one["out"])[6:], rows(two["out"])
     assert [row["step"] for row in second] == list(range(6, 10))
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
 
 
-@pytest.mark.launch
 def test_a_fault_on_one_rank_ends_all_with_one_line(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A launcher adds a traceback of its own: test_faults.py has one."""
     settings |= {"data": str(tmp_path / "nowhere"), "workers": 0}
-    result = launch(["--config_file", "train/launch/cpu_2_processes.yaml"], settings)
-    assert result.returncode != 0
-    assert result.stderr.count("error: ") == 1
-    assert str(tmp_path / "nowhere") in result.stderr
-    assert result.stderr.count("Traceback") == 1, "only the launcher's own, which it prints whenever a rank fails"
-    assert "ChildFailedError" in result.stderr
+    with Script("train/distill.py", settings, tmp_path / "said", world=2) as run:
+        assert all(run.wait()), run.said()
+    assert run.said().count("error: ") == 1
+    assert str(tmp_path / "nowhere") in run.said()
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.launch

@@ -112,7 +112,8 @@ def test_a_killed_rank_ends_the_run(tiny_vit: str, tmp_path: Path) -> None:
     # The vote notices first, and the heartbeat where a rank takes long to come out of what it is at.
     noticed = r"\[rank 0\] error: (another process ended without a word|rank 1 on \S+ ended)"
     assert re.search(noticed, said), said
-    assert said.count("Traceback") == 1, "only the launcher's own"
+    assert said.count("Traceback") == 1, "only the launcher's own, which it prints whenever a rank fails"
+    assert "ChildFailedError" in said
     assert not any(rank.is_running() for rank in ranks.values())
 
 

@@ -515,14 +515,14 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in settings.items()]
 
 
-def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> None:
-    """1301 samples in two parts, ten heads in four blocks: the same feature files, table and head."""
-    settings |= {"data": str(write_shards(tmp_path / "shards", [i % 5 for i in range(1301)], NAMES, cuts=3))}
+def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """301 samples in two parts, ten heads in four blocks: the same feature files, table and head."""
+    monkeypatch.setattr(features, "_FEWEST_SAMPLES", 200)
     settings |= {"refit": True, "workers": 1}
     one = {**settings, "out": str(tmp_path / "one"), "cache": str(tmp_path / "cache one")}
     two = {**settings, "out": str(tmp_path / "two"), "cache": str(tmp_path / "cache two")}
     main(Config(**one))
-    run_two(main, Config(**two), tmp_path)
+    run_two(main, Config(**two), tmp_path, constants={("data.features", "_FEWEST_SAMPLES"): 200})
     assert json.loads((tmp_path / "two" / "env.json").read_text())[-1]["world"] == 2
     assert len(contents(one["cache"])) == 2
     assert contents(one["cache"]) == contents(two["cache"])
@@ -569,7 +569,9 @@ def test_a_kill_while_extracting_costs_no_finished_part(settings: dict[str, Any]
     assert "Traceback" not in run.said()
     kept = contents(settings["cache"])
     assert 2 <= len(kept) < 4
+    written = {file: file.stat().st_mtime_ns for file in Path(settings["cache"]).glob("*/part*")}
     broken = main(Config(**settings, images=64))
+    assert all(file.stat().st_mtime_ns == when for file, when in written.items())
     unbroken = main(Config(**{**settings, "cache": str(tmp_path / "whole"), "out": str(tmp_path / "b")}, images=64))
     assert contents(settings["cache"]) == contents(tmp_path / "whole")
     assert kept.items() <= contents(tmp_path / "whole").items()
@@ -586,6 +588,7 @@ def test_the_demo_is_a_bare_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     demo.demo_shards("train")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probing, "draw_grid", lambda *_: None)
     argv = ["--cache", str(tmp_path / "cache"), "--workers", "0"]
     config = parse_config(Config, argv, "test", "probe_demo.yaml")
     assert (config.data, config.encoder, config.reference) == ("demo", "demo_student", "demo")

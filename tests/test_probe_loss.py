@@ -330,19 +330,20 @@ def test_gradients_are_repeatable_to_the_bit_and_inputs_stay(device: str) -> Non
     inputs = example(150, 9, 5, 37, device, torch.bfloat16)
     copies = [x.clone() for x in inputs]
     for needed in ((False, True, True), (True, True, True)):
-        runs = [results(inputs, torch.arange(5.0), needed, kernel="triton", label_smoothing=0.1) for _ in range(3)]
-        for again in runs[1:]:
-            assert all(torch.equal(again[name], runs[0][name]) for name in again)
+        runs = [results(inputs, torch.arange(5.0), needed, kernel="triton", label_smoothing=0.1) for _ in range(2)]
+        assert all(torch.equal(runs[1][name], runs[0][name]) for name in runs[0])
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
 
 
 @needs_triton
 @pytest.mark.parametrize("needed", [(False, True, True), (True, True, True)])
 def test_blocks_do_not_matter(device: str, needed: tuple[bool, bool, bool]) -> None:
-    inputs = example(150, 5, 19, 7, device)
-    upstream = torch.linspace(-1, 2, 19)
+    """One head and 64 rows at a time; two heads, and one at the end."""
+    inputs = example(150, 5, 5, 7, device)
+    upstream = torch.linspace(-1, 2, 5)
     whole = results(inputs, upstream, needed, kernel="triton")
-    for limit in (1, 30_000):
+    assert [probe_loss._blocks(150, 5, 5, 7, 4, True, limit)[:2] for limit in (1, 12_000)] == [(1, 64), (2, 150)]
+    for limit in (1, 12_000):
         parts = results(inputs, upstream, needed, kernel="triton", max_logit_bytes=limit)
         for name in whole:
             assert torch.allclose(parts[name], whole[name], rtol=1e-5, atol=1e-6), name
@@ -586,9 +587,14 @@ def kernels_replaced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kernel", ["reference", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, "per head"])
-@pytest.mark.parametrize("limit", [1, 3000, 2**28])
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize(  # each pair of values once
+    ("smoothing", "limit", "dtype"),
+    [
+        (smoothing, limit, (torch.float32, *LOW)[(i + k) % 3])
+        for i, smoothing in enumerate((0.0, 0.1, "per head"))
+        for k, limit in enumerate((1, 3000, 2**28))
+    ],
+)
 def test_gradients_without_autograd(device: str, kernel: Any, smoothing: Any, limit: int, dtype: torch.dtype) -> None:
     """As exact as autograd's, in blocks of heads, in chunks of rows and at once; what the tensors held is gone."""
     inputs = example(150, 12, 5, 7, device, dtype)
@@ -636,7 +642,7 @@ def test_gradients_without_autograd_refuse_labels_outside_the_classes() -> None:
 @pytest.mark.parametrize("limit", [2**24, 2**28])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("wanted", [[False, True, True], [True, True, True], [False, False, False]])
-@pytest.mark.parametrize("shape", [(4096, 1024, 52, 1000), (16384, 768, 8, 21841), (50_000, 512, 64, 10)])
+@pytest.mark.parametrize("shape", [(4096, 1024, 52, 1000), (4096, 768, 8, 21841), (50_000, 512, 64, 10)])
 def test_extra_memory_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
     limit: int,

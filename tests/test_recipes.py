@@ -62,7 +62,7 @@ def test_real_towers_take_two_steps(name: str, architecture: str, tiny_shards: P
         "--out",
         str(tmp_path / "run"),
     ]
-    settings += ["--steps", "2", "--batch_size", "4", "--workers", "0", "--log_every", "1", "--keep", "1"]
+    settings += ["--steps", "2", "--batch_size", "2", "--workers", "0", "--log_every", "1", "--keep", "1"]
     settings += ["--hidden_weight", "0.1", "--gram_weight", "0.1"]
     result = main(read(name, *settings))
     assert result["step"] == 1

@@ -28,7 +28,7 @@ from data.demo import demo_shards
 from data.rows import append_row
 from data.shifts import SUITES, Suite
 from data.tar import find_shards
-from eval import shifts
+from eval import figures, shifts
 from eval.evidence import Said, choose, newest, place_of, read_predictions, read_rows
 from eval.report import PAGE, Config, main, run
 from eval.robustness import baseline
@@ -158,6 +158,19 @@ def small(tmp_path: Path) -> Path:
     """A run of two models on two of the demo's sets, without shards; drawing more takes longer than all the rest."""
     write_run(tmp_path / "run", DEMO, {"teacher": TEACHER, "student": STUDENT}, sets=["val", "v2"])
     return tmp_path / "run"
+
+
+@pytest.fixture
+def blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures with nothing on them, for tests of what stands beside them; but curves, which one test has, are whole."""
+    save = figures._save
+
+    def save_blank(figure: Any, out: Path, name: str, text: str) -> Any:
+        if not name.endswith("_curves"):
+            figure.clear()
+        return save(figure, out, name, text)
+
+    monkeypatch.setattr(figures, "_save", save_blank)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -390,6 +403,7 @@ def test_drops_of_classes(imagenet: dict[str, Any]) -> None:
     assert class_names(DEMO, DEMO.sets["objectnet"])[-2:] == ["two", "zero"]
 
 
+@pytest.mark.usefixtures("blank")
 def test_a_class_without_images_and_sets_without_control_are_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "run", IMAGENET, {"m": STUDENT}, sets=["imagenet_r", "objectnet"])
     result = main(Config(results=[str(tmp_path / "run")], out=str(tmp_path / "page"), examples=0))
@@ -502,6 +516,7 @@ def write_shards(folder: Path, count: int, size: tuple[int, int]) -> str:
     return find_shards(str(folder)).fingerprint
 
 
+@pytest.mark.usefixtures("blank")
 def test_shards_that_moved_changed_or_are_elsewhere_leave_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -551,6 +566,7 @@ def test_nothing_is_fetched_or_run(place: str) -> None:
         place_of("val", {"data": "x", "sets": {"val": place}}, "")
 
 
+@pytest.mark.usefixtures("blank")
 def test_keys_that_differ_from_the_predictions_are_no_images(tmp_path: Path) -> None:
     fingerprint = write_shards(tmp_path / "sets" / "a", 60, (20, 20))
     options: dict[str, Any] = {"sets": ["a"], "fingerprints": {"a": fingerprint}, "key": "other"}
@@ -559,6 +575,7 @@ def test_keys_that_differ_from_the_predictions_are_no_images(tmp_path: Path) -> 
     assert re.search(r"no images: .*record \d+ has key 'key\d+', 'other\d+' in the", result["sections"][0]["notes"][0])
 
 
+@pytest.mark.usefixtures("blank")
 def test_predictions_of_another_run_are_left_out_aloud(small: Path, tmp_path: Path) -> None:
     file = small / "predictions.csv"
     lines = file.read_text().splitlines()
@@ -595,6 +612,7 @@ def test_the_newest_row_counts_and_of_equally_old_ones_the_last(tmp_path: Path) 
     assert shown("new", "old") == value(old, "m", "val")
 
 
+@pytest.mark.usefixtures("blank")
 def test_one_name_for_several_weights_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", DEMO, {"m": STUDENT, "other": TEACHER})
     write_run(tmp_path / "run", DEMO, {"m": TEACHER}, sets=["v2"], weights="retrained", fingerprints={"v2": "redrawn"})
@@ -613,6 +631,7 @@ def test_one_name_for_several_weights_is_said(tmp_path: Path, capsys: pytest.Cap
         assert f"note     {note}\n" in printed
 
 
+@pytest.mark.usefixtures("blank")
 def test_several_suites_have_a_section_each(small: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "other", IMAGENET, {"m": STUDENT}, sets=["imagenet"])
     places = [str(small), str(tmp_path / "other"), str(small / "results.jsonl")]
@@ -625,6 +644,7 @@ def test_several_suites_have_a_section_each(small: Path, tmp_path: Path) -> None
     assert f"{len(lines)} results from" in page.text, "a file that is named twice counts once"
 
 
+@pytest.mark.usefixtures("blank")
 def test_rows_between_two_weights_are_a_curve(tmp_path: Path) -> None:
     """Only the ends are in tables and figures of models; a curve needs all of its sets."""
     alphas = {f"tuned alpha {alpha:.2f}": alpha for alpha in (0.0, 0.25, 0.5, 1.0)}
@@ -650,6 +670,7 @@ def test_rows_between_two_weights_are_a_curve(tmp_path: Path) -> None:
     assert not [*(tmp_path / "page").glob("demo_curves.*")], "a figure of an earlier report"
 
 
+@pytest.mark.usefixtures("blank")
 def test_points_between_alone_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", DEMO, {"tuned alpha 0.50": STUDENT}, alphas={"tuned alpha 0.50": 0.5})
     found = main(Config(results=[str(tmp_path / "run")], out=str(tmp_path / "page")))["sections"][0]
@@ -658,6 +679,7 @@ def test_points_between_alone_are_no_models(tmp_path: Path, capsys: pytest.Captu
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.mark.usefixtures("blank")
 def test_samples_have_a_star(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", DEMO, {"m": STUDENT}, sets=["val", "a"], partial=True)
     result = main(Config(results=[str(tmp_path / "run")], out=str(tmp_path / "page"), examples=0))
@@ -702,6 +724,7 @@ def test_hostile_names_are_text(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "\x00" not in printed.out + printed.err
 
 
+@pytest.mark.usefixtures("blank")
 def test_a_last_line_cut_short_is_passed_over_aloud(small: Path, tmp_path: Path) -> None:
     file = small / "results.jsonl"
     file.write_text(file.read_text() + '{"metric": "loss", "val')
@@ -827,6 +850,7 @@ def test_wrong_settings_are_one_line(
     assert (tmp_path / "own" / PAGE).read_text() == "<h1>precious</h1>"
 
 
+@pytest.mark.usefixtures("blank")
 def test_defaults_are_the_demos(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -837,6 +861,7 @@ def test_defaults_are_the_demos(small: Path, tmp_path: Path, monkeypatch: pytest
     assert not [*tmp_path.rglob(".tmp-*")]
 
 
+@pytest.mark.usefixtures("blank")
 def test_ctrl_c_and_a_full_disk(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

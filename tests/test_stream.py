@@ -146,7 +146,7 @@ def test_every_division_gives_the_same_sequence(sets: dict[tuple[int, ...], str]
     limit = draw.draw(st.sampled_from([64, 4, 12]))
     if limit < world:
         limit = world
-    workers = draw.draw(st.sampled_from([0, 0, 0, 0, 1, 2]))
+    workers = draw.draw(st.sampled_from([0] * 8 + [1, 2]))  # each rank starts its own, which takes most of the time
     seed, epoch = draw.draw(st.integers(0, 2**40)), draw.draw(st.integers(0, 300))
     shards = find_shards(sets[counts])
     streams = count_streams(global_batch, world, limit)
@@ -404,8 +404,7 @@ def test_batch_without_a_good_record(tmp_path: Path, workers: int) -> None:
         open_stream(folder, global_batch=8)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
 def test_shards_shorter_or_longer_than_their_count(tmp_path: Path, workers: int, world: int) -> None:
     """Cut anywhere, or with a wrong count: exact error in strict mode, else the very samples that are there."""
     folder = write_set(tmp_path, [6, 10])
