@@ -48,6 +48,15 @@ class Budget:
         own += [] if self.targets == 9 else [f"{self.targets} targets"]
         return "APGD-T" + (f" ({', '.join(own)})" if own else "")
 
+    def passes(self, stage: str) -> int:
+        """How often a stage asks the model about an image that stands, but for looks at what it has found."""
+        return {
+            "pgd": self.pgd_steps,
+            "apgd_ce": self.steps + 1,
+            "apgd_t": self.targets * (self.steps + 1),
+            "square": self.queries + 1,
+        }[stage]
+
 
 STANDARD = Budget()
 

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -54,6 +55,20 @@ ZeroGradient = Literal["rest", "randn"]
 Network = Callable[[Tensor], Tensor]
 
 BOX_TOLERANCE = 1e-6  # float32 images may leave [0, 1] by so much, as resizing in floating point does
+_watcher: ContextVar[Callable[[], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(before_each_pass: Callable[[], None]) -> Iterator[None]:
+    """Within it, attacks call `before_each_pass` whenever they ask the model; what it raises ends the attack.
+
+    For attacks that take minutes: to count passes, and to stop between two of them.
+    """
+    token = _watcher.set(before_each_pass)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -113,10 +128,23 @@ def under_attack(
             module.eval()
         with torch.inference_mode(False), autocast:  # which enables gradients, within no_grad too
             twin = folded(module) if fold else module
-            yield network if twin is module else twin
+            yield _counted(network if twin is module else twin)
     finally:
         for part in in_training:
             part.training = True
+
+
+def _counted(network: Network) -> Network:
+    """The network, calling whoever watches before it runs."""
+    watcher = _watcher.get()
+    if watcher is None:
+        return network
+
+    def watched_network(images: Tensor) -> Tensor:
+        watcher()
+        return network(images)
+
+    return watched_network
 
 
 def evaluate(network: Network, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:

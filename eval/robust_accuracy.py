@@ -27,7 +27,7 @@ from torch import Tensor
 
 from attacks.ensemble import STAGES, Budget, right, search
 from attacks.losses import cross_entropy
-from attacks.pgd import Norm, Precision, evaluate, under_attack
+from attacks.pgd import Norm, Precision, evaluate, under_attack, watched
 from data.rows import append_row, read_rows, write_synced
 from data.transforms import unit_interval
 from eval.common import near_chance
@@ -129,6 +129,10 @@ def _check_finite(subject: Subject, finite: Tensor, what: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class _Interrupted(Exception):
+    """A stop signal has come in the middle of a batch."""
+
+
 class Passes:
     """Stages on all processes; what was computed before, in this run or one that was stopped, is looked up."""
 
@@ -180,12 +184,25 @@ class Passes:
         if missing and self._shown and stage != CLEAN and budget == subject.budget:
             log.info("%s: %d images in %d batches", name, sum(len(batches[place]) for place in missing), len(missing))
         progress = Progress(0, rounds, subject.images * agreement.world, shown=self._shown)
+        turn = asked = 0
+
+        def before_each_pass() -> None:
+            nonlocal asked, last_line
+            if self._signals.received:
+                raise _Interrupted
+            asked += 1
+            if self._shown and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                limit = f" of about {budget.passes(stage):,}" if stage != CLEAN else ""
+                log.info("%s: batch %d of %d, pass %s%s", name, turn + 1, rounds, f"{asked:,}", limit)
+
         with contextlib.closing(progress):
             for turn in range(rounds):
                 own: list[tuple[str, Columns]] = []
                 place = turn * agreement.world + agreement.rank
-                with agreement.together(), self._signals.ending():
-                    if place < len(missing) and not self._signals.received:
+                asked = 0
+                with agreement.together(), contextlib.suppress(_Interrupted), watched(before_each_pass):
+                    if place < len(missing):
                         batch = batches[missing[place]]
                         if stage == CLEAN:
                             columns = look_at(subject, batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from attacks.apgd import apgd
 from attacks.ensemble import STAGES, Budget, ensemble, right, search
+from attacks.pgd import watched
 from data import DataError
 from data.small import ImageSet, load_images
 from data.transforms import unit_interval
@@ -207,6 +209,28 @@ def test_a_stop_signal_ends_a_batch_where_it_stands(config: Config, lenet: nn.Mo
     passes = passes_on(net, config, tmp_path, BUDGET, images=6)
     assert len(passes.attack("pgd", 0.1, np.arange(16))["stands"]) == 16
     assert passes.computed == 2
+
+
+def test_passes_are_counted_and_said(
+    config: Config, lenet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = load_images(config.data, "test")
+    images, labels = unit_interval(data.images[:2]), data.labels[:2]
+    for stage in STAGES:
+        calls = [0]
+
+        def count(calls: list[int] = calls) -> None:
+            calls[0] += 1
+
+        with watched(count):
+            search(stage, lenet, images, labels, norm="l2", eps=1e-3, budget=BUDGET)
+        assert BUDGET.passes(stage) <= calls[0] <= 1.5 * BUDGET.passes(stage) + 3, stage
+    monkeypatch.setattr("eval.robust_accuracy.SECONDS_BETWEEN_LINES", -1)
+    with caplog.at_level(logging.INFO, logger="shiftlens"):
+        passes_on(lenet, config, tmp_path, BUDGET, images=8).attack("pgd", 0.1, np.arange(16))
+    said = [text for text in caplog.messages if "pass" in text]
+    assert said[0] == "PGD-20, linf 0.1: batch 1 of 2, pass 1 of about 20"
+    assert said[-1] == "PGD-20, linf 0.1: batch 2 of 2, pass 20 of about 20"
 
 
 class Gamma(nn.Module):
