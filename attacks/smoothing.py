@@ -25,7 +25,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -110,17 +110,15 @@ def count_votes(
     draw: Callable[[int, Tensor], None],
     *,
     batch_size: int = 0,
-    between: Callable[[], None] | None = None,
 ) -> Integers:
     """Votes int64 [B, K]: how often `network` says each class about `copies` noisy copies of each image.
 
     Args:
-        network: what `smoothing` gives, inside of it: images [N, ...] → logits [N, K].
+        network: what `smoothing` gives, inside of it: images [N, ...] → logits [N, K]. What it raises ends the count.
         images: [B, ...] floating point, on the device.
         draw: fills [BLOCK, ...] with standard normal numbers for the image at a place; the last block of an image may
             be used in part.
         batch_size: copies of one forward pass, of one image after the other; 0: `default_batch_size`.
-        between: called before each forward pass; what it raises ends the count.
 
     Raises:
         ValueError: no images, less than one copy, batches of less than BLOCK copies, logits that are not finite.
@@ -142,8 +140,6 @@ def count_votes(
 
     def vote() -> None:
         nonlocal counts, finite, filled
-        if between is not None:
-            between()
         logits = network(inputs[:filled])
         if counts is None:
             counts = torch.zeros(len(images), logits.shape[1], dtype=torch.int64, device=images.device)
@@ -201,12 +197,11 @@ def certify(
     alpha: float = 0.001,
     labels: ArrayLike | None = None,
     batch_size: int = 0,
-    between: Callable[[], None] | None = None,
 ) -> Certificates:
     """Certificates of images [B, ...] in [0, 1], each wrong with a probability of at most alpha.
 
     Args:
-        network, batch_size, between: see `count_votes`.
+        network, batch_size: see `count_votes`.
         noise: `GaussianNoise`.
         sigma: of the noise, for pixels in [0, 1]. n0, n: copies that select the class, and that count its votes.
         labels: [B]; with them only images whose selected class is right are counted further. The others' certificates
@@ -217,8 +212,7 @@ def certify(
     """
     check_settings("certify", sigma, n0, n, alpha)
     check_batch(images, images, look=True)
-    options: dict[str, Any] = {"batch_size": batch_size, "between": between}
-    counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), **options)
+    counts0 = count_votes(network, images, n0, sigma, partial(noise, "selection"), batch_size=batch_size)
     selected = counts0.argmax(axis=1)
     kept = np.arange(len(images)) if labels is None else np.flatnonzero(selected == np.asarray(labels))
     counts, classes, radii = np.zeros_like(counts0), np.full(len(images), ABSTAIN), np.zeros(len(images))
@@ -228,7 +222,7 @@ def certify(
         def draw(place: int, out: Tensor) -> None:
             noise("estimation", int(kept[place]), out)
 
-        counts[kept] = count_votes(network, some, n, sigma, draw, **options)
+        counts[kept] = count_votes(network, some, n, sigma, draw, batch_size=batch_size)
         classes[kept], radii[kept] = certify_counts(counts0[kept], counts[kept], alpha, sigma)
     return Certificates(classes, radii, selected, counts0, counts)
 
@@ -242,11 +236,10 @@ def predict(
     n: int = 100_000,
     alpha: float = 0.001,
     batch_size: int = 0,
-    between: Callable[[], None] | None = None,
 ) -> tuple[Integers, Floats, Integers]:
     """Classes int64 [B] or ABSTAIN, p-values [B] and votes [B, K] of images; arguments and errors as of `certify`."""
     check_settings("predict", sigma, 1, n, alpha)
     check_batch(images, images, look=True)
     draw = partial(noise, "prediction")
-    counts = count_votes(network, images, n, sigma, draw, batch_size=batch_size, between=between)
+    counts = count_votes(network, images, n, sigma, draw, batch_size=batch_size)
     return *predict_counts(counts, alpha), counts

@@ -229,6 +229,11 @@ def demo_shards(split: str) -> str:
     return str(folder / split)
 
 
+def located(data: str) -> str:
+    """Where data are: for `demo` the folder of the built-in ones, which has a folder for each split."""
+    return str(Path(demo_shards("train")).parent) if data == "demo" else data
+
+
 def demo_student(runs: str = "runs") -> str:
     """Name, for `load_encoder`, of the newest student that train/distill.py has exported from the demo, in RUNS/*.
 

@@ -14,7 +14,8 @@ numbers of steps and queries. It has no FAB, which AutoAttack's standard set has
 
 An image counts as robust if the classifier gets it right as it is, and still does, in float32, on what the attack
 returns; all images count, each once. Batches are cut from the set as a whole, so that results do not depend on the
-number of processes; chance depends on --seed, --images and the images. Smoothed classifiers: eval/certify.py.
+number of processes; chance depends on --seed, --images, the images and the kind of device. For smoothed classifiers:
+eval/certify.py.
 
 Cost, passes an image that stands, forward and backward: 20 (PGD-20), 101 (APGD-CE), 909 (APGD-T), and 5,001 forward
 alone (Square), for each radius. A run that was stopped, or is started again with more radii, computes only what is not
@@ -155,7 +156,7 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     import numpy as np
 
     from attacks.ensemble import Budget
-    from data.demo import demo_shards
+    from data.demo import located
     from data.small import load_images
     from eval import robust_accuracy
     from eval.robust_accuracy import CLEAN, Passes, Point, Rows, Subject
@@ -168,8 +169,8 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
         classifier = load_classifier(config.model, flip=config.flip or None)
         sha256 = state_sha256(classifier.state_dict())
         size, channels = classifier.image_size, classifier.channels
-        source = str(Path(demo_shards("train")).parent) if config.data == "demo" else config.data
-        data = load_images(source, config.split, count=config.count, seed=config.seed, size=size, channels=channels)
+        options: Any = {"count": config.count, "seed": config.seed, "size": size, "channels": channels}
+        data = load_images(located(config.data), config.split, **options)
         check_classes(classifier, data)
         diagonal = math.sqrt(channels * size * size)
         if config.norm == "l2" and config.radii[-1] > diagonal:

@@ -62,6 +62,7 @@ from train.launching import StopSignals, build_demo, start_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from attacks.pgd import Network
     from data.small import ImageSet
@@ -119,12 +120,11 @@ class Config:
 
 def read_images(config: Config, classifier: Classifier) -> ImageSet:
     """The chosen images. Raises DataError for what is wrong with them, or labels that are not the classifier's."""
-    from data.demo import demo_shards
+    from data.demo import located
     from data.small import load_images
 
-    source = str(Path(demo_shards("train")).parent) if config.data == "demo" else config.data
     images = load_images(
-        *(source, config.split),
+        *(located(config.data), config.split),
         every=config.skip,
         most=config.count,
         size=classifier.image_size,
@@ -167,7 +167,7 @@ class Interrupted(Exception):
 
 
 def answer(
-    network: Network, images: ImageSet, places: Sequence[int], config: Config, accelerator: Accelerator, between: Any
+    network: Network, images: ImageSet, places: Sequence[int], config: Config, accelerator: Accelerator
 ) -> list[Row]:
     """The rows of the images at these places: what is certain about each. Raises ModelError."""
     import torch
@@ -184,7 +184,7 @@ def answer(
     try:
         if config.mode == "certify":
             kept = labels if config.skip_wrong else None
-            found = certify(network, batch, noise, n0=config.n0, labels=kept, between=between, **options)
+            found = certify(network, batch, noise, n0=config.n0, labels=kept, **options)
             classes = found.classes
             details = [
                 {"radius": radius, "selected": selected, "votes0": counts0[selected], "votes": counts[selected]}
@@ -196,7 +196,7 @@ def answer(
                 for detail, label in zip(details, labels.tolist(), strict=True):
                     detail["votes"] = detail["votes"] if detail["selected"] == label else None
         else:
-            classes, p_values, counts = predict(network, batch, noise, between=between, **options)
+            classes, p_values, counts = predict(network, batch, noise, **options)
             details = [
                 {"p_value": p_value, "votes": sorted(votes)[:-3:-1]}
                 for p_value, votes in zip(p_values.tolist(), counts.tolist(), strict=True)
@@ -348,21 +348,23 @@ def evaluate(config: Config, signals: StopSignals, resources: contextlib.ExitSta
     log.info("device   %s, network in %s, %d processes", device, config.precision, world)
 
     # --- Images: a group for each process, then what is ready is written ----------------------------------------------
-    def between() -> None:
-        if signals.received:
-            raise Interrupted
-
     steps = -(-len(groups) // world)
     progress = Progress(0, steps, at_once * world, shown=rank == 0)
     resources.enter_context(contextlib.closing(progress))
     ready, last_line = len(chosen) - len(todo), time.monotonic()
-    with smoothing(classifier.to(device), device, precision=config.precision, compile=config.compile) as network:
+    with smoothing(classifier.to(device), device, precision=config.precision, compile=config.compile) as whole:
+
+        def network(noisy: Tensor) -> Tensor:
+            if signals.received:
+                raise Interrupted
+            return whole(noisy)
+
         for step in range(steps):
             failure: ModelError | None = None
             rows: list[Row] = []
             try:
                 if step * world + rank < len(groups):
-                    rows = answer(network, images, groups[step * world + rank], config, accelerator, between)
+                    rows = answer(network, images, groups[step * world + rank], config, accelerator)
             except ModelError as error:
                 failure = error
             except Interrupted:

@@ -336,20 +336,19 @@ def test_nothing_to_count_and_logits_that_are_not_finite_are_refused(lenet: Clas
         pass
 
 
-def test_what_is_called_between_batches_can_end_the_count(lenet: Classifier) -> None:
+def test_what_a_network_raises_ends_the_count(lenet: Classifier) -> None:
     calls = 0
 
-    def between() -> None:
+    def stopping(images: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise InterruptedError
+        return network(images)
 
     noise = GaussianNoise(0, [0], CPU)
     with smoothing.smoothing(lenet, CPU) as network, pytest.raises(InterruptedError):
-        smoothing.predict(
-            network, torch.zeros(1, 1, 28, 28), noise, sigma=0.5, n=1000, alpha=0.05, batch_size=50, between=between
-        )
+        smoothing.predict(stopping, torch.zeros(1, 1, 28, 28), noise, sigma=0.5, n=1000, alpha=0.05, batch_size=50)
     assert calls == 3
 
 

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from attacks.ensemble import right, search
 from attacks.pgd import Norm, draw_from_ball, pgd
 from data import DataError
 from data.augment import SampleDraws, mirror, pixel_statistics, random_crop
-from data.demo import demo_shards
+from data.demo import demo_shards, located
 from data.order import count_streams
 from data.small import ImageSet, MemoryStream, draw_images, load_images, open_batches
 from data.tar import ShardSet, find_shards
@@ -130,11 +129,6 @@ def find_data(config: Any, size: int, channels: int, device: torch.device) -> Da
     if found.test is not None and found.test.classes != found.classes:
         raise DataError(f"{config.test_data or config.data}: its classes are not those of the training images")
     return found
-
-
-def located(name: str) -> str:
-    """Where data are: for `demo` the folder of the built-in ones, which has a folder for each split."""
-    return str(Path(demo_shards("train")).parent) if name == "demo" else name
 
 
 def _held_out(config: Any, name: str, train: ImageSet) -> ImageSet | None:
